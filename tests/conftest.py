@@ -1,0 +1,76 @@
+"""Shards and processes that the tests share."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.shards import write_shard
+
+torch.set_num_threads(1)  # the tests share the cores: see pytest -n
+ROOT = Path(__file__).parent.parent
+NOT_REPRODUCED = {"step_ms", "tokens_per_s", "mfu", "peak_memory_bytes", "val_ms"}  # times and memory
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """A folder with two training shards and one validation shard of bytes that a small model can learn."""
+    folder = tmp_path_factory.mktemp("shards")
+    rng = np.random.default_rng(0)
+    words = [rng.integers(97, 123, size=rng.integers(2, 9)).astype(np.uint16) for _ in range(50)]
+    for name, size in (("text_train_000001", 3001), ("text_train_000002", 4097), ("text_val_000000", 2311)):
+        text = [np.array([256], dtype=np.uint16)]
+        while sum(map(len, text)) < size:
+            text += [words[rng.integers(50)], np.array([32], dtype=np.uint16)]
+        write_shard(folder / f"{name}.bin", np.concatenate(text)[:size])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flags(shards):
+    """Flags of a run of seconds on those shards; later flags override earlier ones."""
+    small = {"train_data": shards, "val_data": shards, "sequence_length": 64, "batch_size": 4, "micro_batch_size": 4}
+    small |= {"max_steps": 8, "warmup_steps": 2, "val_every": 4, "val_tokens": 1024, "checkpoint_every": 2}
+    small |= {"sample_every": 0, "device": "cpu"}
+    return [f"--{name}={value}" for name, value in small.items()]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start one of the project's programs in a process of its own, in a folder of its own."""
+
+    def popen(script, *args, ranks=1, **kwargs):
+        launch = [sys.executable]
+        if ranks > 1:
+            launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | kwargs.pop("env", {})
+        command = [*launch, str(ROOT / script), *map(str, args)]
+        kwargs = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | kwargs
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, **kwargs)
+
+    return popen
+
+
+@pytest.fixture
+def run(start):
+    """Run one of the project's programs to its end; returns (exit code, stdout, stderr)."""
+
+    def finish(script, *args, stdin=None, **kwargs):
+        if stdin is not None:
+            kwargs["stdin"] = subprocess.PIPE
+        process = start(script, *args, **kwargs)
+        out, err = process.communicate(stdin.encode() if stdin is not None else None, timeout=500)
+        return process.returncode, out.decode(), err.decode()
+
+    return finish
+
+
+def read_log(run_dir):
+    """The records of a run without those of its starts, and without times and memory."""
+    records = [json.loads(line) for line in (Path(run_dir) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in NOT_REPRODUCED} for r in records if "event" not in r]
