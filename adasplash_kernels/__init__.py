@@ -1,0 +1,71 @@
+"""Causal alpha-entmax attention (AdaSplash, arXiv 2502.12082): softmax's place in a transformer, with exact zeros."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from adasplash_kernels.reference import entmax_reference
+
+try:
+    from adasplash_kernels.kernels import INTERPRETED, entmax_kernels
+except ModuleNotFoundError as error:
+    if error.name != "triton":
+        raise
+    entmax_kernels = None  # no triton on this platform
+
+__all__ = ["causal_entmax_attention"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def causal_entmax_attention(q, k, v, alpha=1.5, scale=None):
+    """Attention with alpha-entmax in the place of softmax, each query over the keys up to its own.
+
+    q: (B, H, R, D); k, v: (B, H, T, D) with 1 <= R <= T: the queries are the last R of the T positions.
+        float32, bfloat16 or float16, summed in float32; float64, D > 128 and R < T are left to the reference.
+    alpha: 1 is softmax, 2 sparsemax. A number, or a one-element float32 tensor on q's device with 1 < alpha <= 2:
+        the host never reads that, so a compiled or captured model follows as it changes.
+    scale: of the scores q.k, positive; 1 / sqrt(D) by default.
+    Returns (B, H, R, D) in q's dtype, in memory (B, R, H, D). Differentiable once with respect to q, k and v.
+    Raises TypeError for a wrong dtype or device and ValueError for a wrong shape, alpha or scale.
+    """
+    _check(q, k, v, alpha, scale)
+    scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    if isinstance(alpha, torch.Tensor):
+        return _operator(q, k)(q, k, v, alpha, 0, scale)[0]
+    if alpha == 1:
+        R, T = q.shape[2], k.shape[2]
+        mask = None if R == T else torch.ones(R, T, dtype=torch.bool, device=q.device).tril(T - R)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=R == T, scale=scale)
+    r = {1.5: 2, 2.0: 1}.get(alpha, 0)
+    alpha = None if r else torch.full((1,), alpha, dtype=torch.float32, device=q.device)
+    return _operator(q, k)(q, k, v, alpha, r, scale)[0]
+
+
+def _operator(q, k):
+    """The Triton kernels where they run; the reference elsewhere, and for what is no part of training."""
+    runs = entmax_kernels is not None and (q.is_cuda or (INTERPRETED.value and q.device.type == "cpu"))
+    takes = q.shape[2] == k.shape[2] and q.shape[3] <= 128 and q.dtype != torch.float64
+    return entmax_kernels if runs and takes else entmax_reference
+
+
+def _check(q, k, v, alpha, scale):
+    got = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    takes = "takes q (B, H, R, D), k and v (B, H, T, D) with 1 <= R <= T"
+    if not q.dim() == k.dim() == v.dim() == 4 or k.shape != v.shape or min(q.shape) == 0:
+        raise ValueError(f"{got}; {takes}")
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[2] > k.shape[2]:
+        raise ValueError(f"{got}; {takes}")
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"got q {q.dtype}, k {k.dtype}, v {v.dtype}; takes float32, bfloat16 or float16, one for all")
+    if not q.device == k.device == v.device:
+        raise TypeError(f"got q on {q.device}, k on {k.device}, v on {v.device}; takes one device for all")
+    if isinstance(alpha, torch.Tensor):
+        if alpha.numel() != 1 or alpha.dtype != torch.float32 or alpha.device != q.device:
+            got = f"{tuple(alpha.shape)} {alpha.dtype} on {alpha.device}"
+            raise TypeError(f"got alpha {got}; takes a number, or one float32 element on {q.device}")
+    elif not 1 <= alpha <= 2:
+        raise ValueError(f"got alpha = {alpha}; takes 1 (softmax) to 2 (sparsemax)")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"got scale = {scale}; takes a positive number")

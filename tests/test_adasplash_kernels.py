@@ -1,0 +1,361 @@
+"""Entmax attention against float64: python -m pytest tests/test_adasplash_kernels.py (add -m gpu on a CUDA machine)."""
+
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from adasplash_kernels import _operator, causal_entmax_attention
+
+# -----------------------------------------------------------------------------
+# what is right: the dense formulas
+
+
+def dense_entmax(s, alpha):
+    """Rows of s (-inf where masked) -> (p, p^(2 - alpha) on the support, tau); float64 bisection to the last bit."""
+    s = (alpha - 1) * s
+    top = s.amax(-1, keepdim=True)
+    low, high = top - 1, top
+    for _ in range(100):
+        tau = (low + high) / 2
+        less = ((s - tau).clamp_min(0) ** (1 / (alpha - 1))).sum(-1, keepdim=True) < 1
+        low, high = torch.where(less, low, tau), torch.where(less, tau, high)
+    u = (s - low).clamp_min(0)
+    p = u ** (1 / (alpha - 1))
+    p = p / p.sum(-1, keepdim=True)
+    return p, torch.where(p > 0, p ** (2 - alpha), 0), low
+
+
+def dense_scores(q, k, scale):
+    R, T = q.shape[2], k.shape[2]
+    mask = torch.ones(R, T, dtype=torch.bool, device=q.device).tril(T - R)
+    return (q @ k.mT * scale).masked_fill(~mask, -math.inf)
+
+
+def dense(q, k, v, dout, alpha, scale):
+    """out, dq, dk, dv in the dtype of the arguments, but the entmax itself in float64."""
+    p, u, _ = dense_entmax(dense_scores(q, k, scale).double(), alpha)
+    p, u = p.to(q.dtype), u.to(q.dtype)
+    dp = dout @ v.mT
+    ds = u * (dp - (u * dp).sum(-1, keepdim=True) / u.sum(-1, keepdim=True))
+    return p @ v, scale * ds @ k, scale * ds.mT @ q, p.mT @ dout
+
+
+def run(q, k, v, dout, alpha, scale=None):
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out = causal_entmax_attention(q, k, v, alpha, scale)
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
+
+
+def error(x, y, floor=1e-30):
+    """The Frobenius error of x relative to y, or to `floor` where y is smaller."""
+    return ((x.double() - y.double()).norm() / y.double().norm().clamp_min(floor)).item()
+
+
+def summands(q, k, v, dout, alpha, scale):
+    """The norms of out, dq, dk, dv if all their summands were positive: rounding is relative to these."""
+    p, u, _ = dense_entmax(dense_scores(q, k, scale), alpha)
+    q, k, v, dout = q.abs(), k.abs(), v.abs(), dout.abs()
+    ds = scale * u * (dout @ v.mT)
+    return [x.norm().item() for x in (p @ v, ds @ k, ds.mT @ q, p.mT @ dout)]
+
+
+def check(q, k, v, dout, alpha, scale=None):
+    """The accuracy that is promised, of out, dq, dk and dv; where these cancel to less than 1% of their summands, of
+    that 1%."""
+    scale = scale or q.shape[3] ** -0.5
+    q64, k64, v64 = q.double(), k.double(), v.double()
+    s = dense_scores(q64, k64, scale)
+    if alpha > 1.5:  # the gradient jumps where a key enters the support: leave out the rows that are just there
+        _, _, tau = dense_entmax(s, alpha)
+        near = (((alpha - 1) * s - tau).abs() < 1e-5).any(-1, keepdim=True)
+        dout = dout.masked_fill(near, 0)
+    expected = dense(q64, k64, v64, dout.double(), alpha, scale)
+    got = run(q, k, v, dout, alpha, scale)
+    if q.dtype == torch.float32:
+        limits = [1e-5 if alpha in (1.5, 2) else 5e-5] * 4
+    else:  # no worse than 1.5 times the dense formula in that precision, where that rounds at all
+        rounded = dense(q, k, v, dout, alpha, scale)
+        limits = [max(1e-5, 1.5 * error(x, y)) for x, y in zip(rounded, expected, strict=True)]
+    floors = [0.01 * size for size in summands(q64, k64, v64, dout.double(), alpha, scale)]
+    for name, x, y, floor, limit in zip(("out", "dq", "dk", "dv"), got, expected, floors, limits, strict=True):
+        assert x.dtype == q.dtype
+        assert error(x, y, floor) <= limit, f"{name}: {error(x, y, floor):.2e} > {limit:.2e}"
+
+
+
+def normal_inputs(B, H, R, T, D, seed=0, dtype=torch.float32, device="cpu", spread=1.0):
+    """Gaussian q, k, v, dout; spread times as peaked as a fresh model's."""
+    g = torch.Generator().manual_seed(seed)
+    q, k, v, dout = (torch.randn(B, H, n, D, generator=g) for n in (R, T, T, R))
+    return [x.to(device, dtype) for x in (spread * q, k, v, dout)]
+
+
+def exact_inputs(scores, offset=0.0, D=16, dtype=torch.float32, device="cpu"):
+    """q, k, v, dout whose scores with scale = 1 are offset + scores (T,) in every row, without any rounding."""
+    q, k, v, dout = normal_inputs(1, 1, len(scores), len(scores), D, seed=1)
+    q[..., 0], k[..., 0] = offset, 1
+    q[..., 1], k[..., 1] = 1, scores
+    q[..., 2:] = 0
+    return [x.to(device, dtype) for x in (q, k, v, 0.1 * dout)]  # so that float16 holds dk
+
+
+EXTREMES = {
+    "equal": (torch.zeros(40),),
+    "dominating": (torch.tensor([0.0, 50.0] + [0.0] * 38),),
+    "wide": (torch.linspace(-1e4, 1e4, 40).round(),),
+    "high": (torch.arange(40) % 7 / 8, 1e4),
+    "low": (torch.arange(40) % 7 / 8, -1e4),
+    "tiny": (1e-6 * torch.randn(40, generator=torch.Generator().manual_seed(0)),),
+}
+
+
+# -----------------------------------------------------------------------------
+# the reference, on the CPU
+
+
+ALPHAS = (1.01, 1.1, 1.25, 1.5, 1.75, 2.0)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("T, D", [(1, 16), (2, 8), (63, 20), (130, 64)])
+def test_accuracy(T, D, alpha):
+    for seed, spread in enumerate((0.3, 1.0, 5.0)):
+        check(*normal_inputs(2, 3, T, T, D, seed=T + seed, spread=spread), alpha)
+
+
+@pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0))
+def test_blocks_of_queries(alpha):
+    check(*normal_inputs(2, 2, 700, 700, 16), alpha)
+
+
+@pytest.mark.parametrize("alpha", (1.0, 1.25, 1.5, 2.0))
+def test_last_queries(alpha):
+    q, k, v, _ = normal_inputs(2, 2, 37, 37, 16)
+    whole = causal_entmax_attention(q, k, v, alpha)
+    for R in (1, 5, 36):
+        last = causal_entmax_attention(q[:, :, -R:], k, v, alpha)
+        assert error(last, whole[:, :, -R:]) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0))
+def test_half_precision(dtype, alpha):
+    check(*normal_inputs(2, 2, 100, 100, 32, dtype=dtype), alpha)
+
+
+@pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0))
+def test_matches_entmax_package(alpha):
+    entmax = pytest.importorskip("entmax")
+    q, k, v, dout = (x.requires_grad_() for x in normal_inputs(1, 2, 50, 50, 16))
+    rows = {1.5: entmax.entmax15, 2.0: entmax.sparsemax}
+    s = dense_scores(q, k, 0.25)
+    p = rows[alpha](s, dim=-1) if alpha in rows else entmax.entmax_bisect(s, alpha, dim=-1)
+    for x, y in zip(torch.autograd.grad(p @ v, (q, k, v), dout), run(q, k, v, dout, alpha)[1:], strict=True):
+        assert error(y, x) < (1e-5 if alpha in rows else 5e-5)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("scores", EXTREMES)
+def test_extreme_scores(scores, alpha):
+    for dtype in (torch.float32, torch.float16):  # Triton's interpreter cuts bfloat16 off instead of rounding
+        check(*exact_inputs(*EXTREMES[scores], dtype=dtype), alpha, scale=1.0)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_rows_sum_to_one(alpha):
+    q, k, _, _ = normal_inputs(2, 2, 90, 90, 16)
+    out = causal_entmax_attention(q, k, torch.ones_like(k), alpha)
+    torch.testing.assert_close(out, torch.ones_like(out), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_one_key_has_no_gradient(alpha):
+    _, dq, dk, _ = run(*normal_inputs(2, 2, 1, 1, 16), alpha)
+    assert not dq.any() and not dk.any()
+
+
+@pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0))
+def test_nan_in_nan_out(alpha):
+    for which in range(3):
+        inputs = normal_inputs(1, 2, 40, 40, 16)
+        inputs[which][0, 1, 20] = math.nan
+        out, dq, *_ = run(*inputs, alpha)
+        assert out[0, 1, 20].isnan().all() and dq[0, 1, 20].isnan().all()
+        assert not out[0, 0].isnan().any()
+
+
+def test_alpha_one_is_softmax():
+    q, k, v, _ = normal_inputs(2, 2, 33, 33, 16)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(causal_entmax_attention(q, k, v, 1), expected)
+
+
+def test_alpha_as_tensor():
+    inputs = normal_inputs(2, 2, 50, 50, 16)
+    for alpha in (1.3, 1.5, 2.0):
+        for x, y in zip(run(*inputs, torch.tensor([alpha])), run(*inputs, alpha), strict=True):
+            assert error(x, y) < 1e-5
+
+
+def test_wrong_arguments():
+    q, k, v, _ = normal_inputs(1, 2, 8, 8, 16)
+    for args, error_type, words in [
+        ((q[0], k, v), ValueError, r"got q \(2, 8, 16\)"),
+        ((q, k[:, :, :5], v[:, :, :5]), ValueError, "R <= T"),
+        ((q, k, v[..., :8]), ValueError, "got q"),
+        ((q[:, :, :0], k, v), ValueError, "got q"),
+        ((q.half(), k, v), TypeError, "float16"),
+        ((q.int(), k.int(), v.int()), TypeError, "int32"),
+        ((q, k.to("meta"), v), TypeError, "meta"),
+        ((q, k, v, 0.9), ValueError, "0.9"),
+        ((q, k, v, 3), ValueError, "3"),
+        ((q, k, v, math.nan), ValueError, "nan"),
+        ((q, k, v, torch.tensor([1.2, 1.3])), TypeError, "alpha"),
+        ((q, k, v, 1.5, -1.0), ValueError, "scale"),
+    ]:
+        with pytest.raises(error_type, match=words):
+            causal_entmax_attention(*args)
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="is the interpreter run")
+def test_kernels_in_the_interpreter():
+    """The tests above again, small, in a process where CPU tensors go to the kernels."""
+    pytest.importorskip("triton")
+    chosen = "half or extreme or nan or one_key or alpha or sum or same_bits or opcheck or 63-20-1.5 or 63-20-1.25"
+    command = [sys.executable, "-m", "pytest", "-q", "-k", chosen, "-m", "not gpu", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+# -----------------------------------------------------------------------------
+# as an operator
+
+
+def test_opcheck():
+    for alpha, r in ((None, 1), (None, 2), (torch.tensor([1.3]), 0)):
+        q, k, v, _ = (x.requires_grad_() for x in normal_inputs(1, 2, 9, 9, 16))
+        torch.library.opcheck(_operator(q, k), (q, k, v, alpha, r, 0.25))
+
+
+def test_compile_in_one_graph():
+    def attend(x, alpha):
+        q, k, v = x.view(2, 31, 3, 2, 16).permute(2, 0, 3, 1, 4)  # as the model's: one projection, read in place
+        return causal_entmax_attention(q, k, v, alpha).transpose(1, 2).reshape(2, 31, 32)
+
+    x = torch.randn(2, 31, 96, requires_grad=True)
+    compiled = torch.compile(attend, fullgraph=True)
+    for alpha in (1.5, torch.tensor([1.3]), torch.tensor([1.4])):
+        y, z = attend(x, alpha), compiled(x, alpha)
+        torch.testing.assert_close(y, z)
+        torch.testing.assert_close(*(torch.autograd.grad(o.square().sum(), x)[0] for o in (y, z)))
+
+
+def test_autocast_and_checkpointing():
+    q, k, v, dout = normal_inputs(1, 2, 30, 30, 16)
+    expected = run(q, k, v, dout, 1.5)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = torch.utils.checkpoint.checkpoint(causal_entmax_attention, q, k, v, use_reentrant=False)
+    got = out, *torch.autograd.grad(out, (q, k, v), dout)
+    for x, y in zip(got, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_same_bits_again():
+    inputs = normal_inputs(1, 2, 100, 100, 32)
+    for x, y in zip(run(*inputs, 1.5), run(*inputs, 1.5), strict=True):
+        assert torch.equal(x, y)
+
+
+# -----------------------------------------------------------------------------
+# the kernels, on a GPU
+
+
+def gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("alpha", (1.01, 1.25, 1.5, 1.75, 2.0))
+def test_gpu_accuracy(dtype, alpha):
+    draw = random.Random(f"{dtype} {alpha}")
+    for seed in range(3):
+        T, D = draw.choice([1, 63, 65, 128, 255, 1000, 1025]), draw.choice([16, 20, 64, 80, 128])
+        check(*normal_inputs(1, 3, T, T, D, seed, dtype, "cuda", spread=draw.choice([0.3, 1, 5])), alpha)
+
+
+@gpu
+@pytest.mark.parametrize("T, dtype", [(4095, torch.float32), (8192, torch.bfloat16)])
+@pytest.mark.parametrize("alpha", (1.5, 2.0))
+def test_gpu_long(T, dtype, alpha):
+    check(*normal_inputs(1, 1, T, T, 64, 0, dtype, "cuda", spread=2), alpha)
+
+
+@gpu
+@pytest.mark.parametrize("alpha", (1.01, 1.25, 1.5, 1.75, 2.0))
+@pytest.mark.parametrize("scores", EXTREMES)
+def test_gpu_extreme_scores(scores, alpha):
+    for dtype in (torch.float32, torch.bfloat16):
+        check(*exact_inputs(*EXTREMES[scores], dtype=dtype, device="cuda"), alpha, scale=1.0)
+
+
+@gpu
+def test_gpu_nan_in_nan_out():
+    for which in range(3):
+        inputs = normal_inputs(1, 2, 300, 300, 64, device="cuda")
+        inputs[which][0, 1, 20] = math.nan
+        out, dq, *_ = run(*inputs, 1.5)
+        assert out[0, 1, 20].isnan().all() and dq[0, 1, 20].isnan().all()
+        assert which != 1 or out[0, 1, 20:].isnan().all()
+        assert not out[0, 0].isnan().any()
+
+
+@gpu
+def test_gpu_one_key_has_no_gradient():
+    for alpha in (1.25, 1.5, 2.0):
+        _, dq, dk, _ = run(*normal_inputs(2, 2, 1, 1, 64, 0, torch.bfloat16, "cuda"), alpha)
+        assert not dq.any() and not dk.any()
+
+
+@gpu
+def test_gpu_reads_the_projection_in_place_and_repeats_its_bits():
+    x = torch.randn(2, 333, 3, 4, 64, device="cuda", dtype=torch.bfloat16)
+    views, copies = x.permute(2, 0, 3, 1, 4), x.permute(2, 0, 3, 1, 4).contiguous()
+    dout = torch.randn(2, 4, 333, 64, device="cuda", dtype=torch.bfloat16)
+    for a, b in zip(run(*views, dout, 1.5), run(*copies, dout, 1.5), strict=True):
+        assert torch.equal(a, b)
+
+
+@gpu
+def test_gpu_opcheck():
+    for alpha, r in ((None, 1), (None, 2), (torch.tensor([1.3], device="cuda"), 0)):
+        q, k, v, _ = (x.requires_grad_() for x in normal_inputs(1, 2, 70, 70, 16, device="cuda"))
+        torch.library.opcheck(torch.ops.adasplash.entmax.default, (q, k, v, alpha, r, 0.25))
+
+
+@gpu
+def test_gpu_compile_autocast_checkpointing():
+    weight = torch.randn(64, 192, device="cuda") / 8
+
+    def attend(x, alpha):
+        q, k, v = (x @ weight).view(2, 100, 3, 4, 16).permute(2, 0, 3, 1, 4)
+        return causal_entmax_attention(q, k, v, alpha).transpose(1, 2).reshape(2, 100, 64)
+
+    compiled = torch.compile(attend, fullgraph=True)
+    x = torch.randn(2, 100, 64, device="cuda", requires_grad=True)
+    for alpha in (1.5, torch.tensor([1.3], device="cuda"), torch.tensor([1.4], device="cuda")):
+        with torch.autocast("cuda", torch.bfloat16):
+            y, z = attend(x, alpha), compiled(x, alpha)
+            c = torch.utils.checkpoint.checkpoint(attend, x, alpha, use_reentrant=False)
+        gy, gz, gc = (torch.autograd.grad(o.float().square().sum(), x)[0] for o in (y, z, c))
+        assert y.dtype == torch.bfloat16 and error(z, y) < 1e-2 and error(gz, gy) < 2e-2
+        assert torch.equal(y, c) and torch.equal(gy, gc)
