@@ -1,0 +1,274 @@
+"""GPT-2, with softmax or alpha-entmax attention.
+
+The architecture is OpenAI's (pre-LN, tanh GELU, learned positions, tied embedding), and so are the names of modules
+and weights: they travel to and from the Hugging Face layout by transposing the four matrices of a block.
+In the shapes below: B sequences, T tokens each, C channels, H heads of D = C/H, V the vocabulary.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from adasplash_kernels import causal_entmax_attention
+from cli import UserError
+
+SIZES = {  # layers, heads, channels
+    "tiny": (4, 4, 128),
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """What rebuilds a model, besides its weights."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_positions: int  # the longest sequence, in tokens
+    vocab_size: int
+    attention: str = "softmax"  # or "entmax"
+    alpha: float = 1.5  # of entmax; 1 is softmax, 2 is sparsemax
+
+    def __post_init__(self):
+        """Raises ValueError for what makes no model."""
+        sizes = (self.n_layer, self.n_head, self.n_embd, self.n_positions, self.vocab_size)
+        sound = all(type(size) is int and 0 < size <= 2**30 for size in sizes)
+        if not sound or self.n_embd > 2**20 or self.n_embd % self.n_head:
+            raise ValueError(f"no GPT-2 has {self}")
+        if self.attention not in ("softmax", "entmax") or type(self.alpha) is bool or not 1 <= self.alpha <= 2:
+            raise ValueError(f"no attention is {self.attention!r} with alpha {self.alpha!r}")
+
+
+# -----------------------------------------------------------------------------
+# modules
+
+
+def causal_softmax_attention(q, k, v):
+    """q: (B, H, Tq, D), k and v: (B, H, Tk, D); Tq is Tk, or 1 with a cache: the newest token, which sees all keys."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] == k.shape[2])
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        entmax = partial(causal_entmax_attention, alpha=config.alpha)
+        self.attend = {"softmax": causal_softmax_attention, "entmax": entmax}[config.attention]
+
+    def forward(self, x, past=None):
+        """x: (B, T, C). past: None, or a list that holds this layer's keys and values so far and is extended."""
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        if past is not None:
+            if past:
+                k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+            past[:] = k, v
+        y = self.attend(q, k, v)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, past=None):
+        x = x + self.attn(self.ln_1(x), past)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """The language model. Its weights are PyTorch's defaults until init_weights() or load_state_dict()."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        # a multiple of 128 rows makes the last matrix product fast; loss and sampler never see the extra ones
+        self.wte = nn.Embedding(-(-config.vocab_size // 128) * 128, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+
+    @torch.no_grad()
+    def init_weights(self, generator):
+        """GPT-2's initialisation, drawn from a torch.Generator on the CPU."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                # 2L projections add to the residual stream: the variance of their sum shall not grow with L
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
+                parameter.normal_(0, std, generator=generator)
+            elif name.endswith("bias"):
+                parameter.zero_()
+        self.wte.weight[self.config.vocab_size :] = 0
+
+    def forward(self, tokens, targets):
+        """tokens, targets: (B, T) int64. The cross-entropy of every target in nats, (B, T) float32."""
+        logits = self.logits(self.hidden(tokens))
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
+
+    def hidden(self, tokens, past=None):
+        """tokens: (B, T) int64 -> the last hidden states, (B, T, C).
+
+        past: None, or one list a layer with the keys and values of the tokens before these, which grow by these.
+        """
+        start = past[0][0].shape[2] if past and past[0] else 0
+        x = self.wte(tokens) + self.wpe.weight[start : start + tokens.shape[1]]
+        for i, block in enumerate(self.h):
+            x = block(x, past[i] if past is not None else None)
+        return self.ln_f(x)
+
+    def logits(self, x):
+        """x: (B, T, C) hidden states -> (B, T, V) logits over the real vocabulary."""
+        return F.linear(x, self.wte.weight)[..., : self.config.vocab_size]
+
+    @torch.no_grad()
+    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, kv_cache=True):
+        """Yield new token ids one by one, continuing the list `tokens` (at least one id).
+
+        temperature: 0 takes the likeliest token. top_k: 0 for all. generator: a CPU torch.Generator.
+        Beyond n_positions tokens the oldest half of the window is dropped and the rest encoded anew, since positions
+        are absolute; with and without the cache alike.
+        """
+        n_positions, device = self.config.n_positions, self.wte.weight.device
+        window, new, past = tokens[-n_positions:], None, None
+        for _ in range(max_new_tokens):
+            if new is None or not kv_cache:
+                past = [[] for _ in self.h] if kv_cache else None
+                new = window
+            x = self.hidden(torch.tensor([new], device=device), past)
+            token = pick(self.logits(x[:, -1])[0].float().cpu(), temperature, top_k, top_p, generator)
+            yield token
+            window, new = window + [token], [token]
+            if len(window) > n_positions:
+                window, new = window[-max(1, n_positions // 2) :], None
+
+
+def pick(logits, temperature, top_k, top_p, generator):
+    """Draw a token id from logits (V,): tempered, cut to the top_k likeliest, then to the nucleus of mass top_p."""
+    if temperature < 1e-6:  # float32 could not divide by it
+        return int(logits.argmax())
+    probabilities, ids = F.softmax(logits / temperature, dim=-1).sort(descending=True, stable=True)
+    if top_k > 0:
+        probabilities[top_k:] = 0
+    # a token stays while those before it have not yet filled top_p of what top_k left
+    probabilities[probabilities.cumsum(0) - probabilities > top_p * probabilities.sum()] = 0
+    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+# -----------------------------------------------------------------------------
+# weights in and out of the Hugging Face layout
+
+
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # their Conv1D
+
+
+def load_hf(source, attention, alpha):
+    """A GPT with the weights of a Hugging Face GPT-2: a local folder, or a hub name that huggingface_hub downloads.
+
+    The folder holds config.json and safetensors (one file, or several with their index). Raises UserError otherwise.
+    """
+    folder = Path(source)
+    if not os.path.isdir(folder):
+        from huggingface_hub import snapshot_download
+
+        if source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise UserError(f"init_from: no folder {source}")
+        try:
+            patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+            folder = Path(snapshot_download(source, allow_patterns=patterns))
+        except Exception as error:  # offline, no such repository, gated: the hub has a class for each
+            raise UserError(f"init_from: no folder {source}, and the hub gave {type(error).__name__}") from error
+    try:
+        hf = json.loads((folder / "config.json").read_text())
+        index = folder / "model.safetensors.index.json"
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else None
+        weights = {}
+        for name in files or ["model.safetensors"]:
+            weights |= load_file(folder / name)
+        if not isinstance(hf, dict):
+            raise ValueError("config.json holds no settings")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        raise UserError(f"init_from: {folder} is no GPT-2 with config.json and safetensors: {error}") from error
+    expected = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+    expected |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
+    for key, value in expected.items():
+        if hf.get(key, value) != value:
+            raise UserError(f"init_from: {folder}/config.json has {key} = {hf[key]}, this GPT-2 needs {value}")
+    try:
+        sizes = {key: hf[key] for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")}
+        config = GPTConfig(**sizes, attention=attention, alpha=alpha)
+    except KeyError as error:
+        raise UserError(f"init_from: {folder}/config.json has no {error}") from error
+    except ValueError as error:
+        raise UserError(f"init_from: {folder}/config.json: {error}") from error
+    if hf.get("n_inner") not in (None, 4 * config.n_embd):
+        raise UserError(f"init_from: {folder}/config.json has n_inner = {hf['n_inner']}, this GPT-2 needs 4 n_embd")
+    if config.n_layer > len(weights):
+        raise UserError(f"init_from: {folder}: {len(weights)} weights are not those of {config.n_layer} layers")
+    with torch.device("meta"):
+        model = GPT(config)
+    weights = {name.removeprefix("transformer."): tensor.float() for name, tensor in weights.items()}
+    state = {}
+    for name, parameter in model.named_parameters():
+        tensor = weights.get(name, torch.empty(0))
+        if tensor.dim() != parameter.dim():
+            raise UserError(f"init_from: {folder}: the weights lack {name}, or it is of another shape")
+        if name.endswith(TRANSPOSED):
+            tensor = tensor.t().contiguous()
+        if name == "wte.weight":
+            tensor = F.pad(tensor, (0, 0, 0, len(parameter) - sizes["vocab_size"]))
+        if tensor.shape != parameter.shape:
+            raise UserError(f"init_from: {folder}: the weights lack {name}, or config.json gives it another shape")
+        state[name] = tensor
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def save_hf(model, folder, end_of_text):
+    """Write config.json and model.safetensors (float32) that GPT2LMHeadModel.from_pretrained loads, bit for bit.
+
+    end_of_text: the id that starts and ends documents.
+    """
+    config, folder = model.config, Path(folder)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach().float().cpu()
+        tensor = tensor[: config.vocab_size] if name == "wte.weight" else tensor
+        tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
+        weights[f"transformer.{name}"] = tensor.contiguous()
+    hf = {key: value for key, value in asdict(config).items() if key not in ("attention", "alpha")}
+    hf |= {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new"}
+    hf |= {"layer_norm_epsilon": 1e-5, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    hf |= {"tie_word_embeddings": True, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
