@@ -1,0 +1,362 @@
+"""The trainer as its users meet it: real processes, torchrun, kill -9, wrong input.
+
+python -m pytest tests/test_train.py
+"""
+
+import json
+import math
+import signal
+import time
+import tomllib
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, read_log
+
+import cli
+from checkpoint import checkpoints
+from data.shards import write_shard
+from train_gpt2 import Config, learning_rate, main, make_optimizer, parse_config
+
+
+def losses(run_dir, key="train_loss"):
+    return [record[key] for record in read_log(run_dir) if key in record]
+
+
+def test_the_default_run_learns(run, tmp_path):
+    """No argument at all: shards, training, validation, samples, checkpoint. The README's first command."""
+    code, out, err = run("train_gpt2.py", env={"OMP_NUM_THREADS": "2"})
+    assert code == 0, err
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert run_dir.name.startswith("tiny-entmax-")
+    loss = losses(run_dir, "val_loss")
+    assert 5.0 < loss[0] < 5.8 and loss[-1] < 2.4
+    assert list(checkpoints(run_dir))[-1] == 300
+    assert "a sample after 300 steps" in out and f"validation loss {loss[-1]:.4f}" in out
+    assert "ETA" in err and "Traceback" not in err
+    seconds = sum(json.loads(line).get("step_ms", 0) for line in (run_dir / "log.jsonl").read_text().splitlines()) / 1e3
+    print(f"{seconds:.0f} s of training steps")
+
+
+@pytest.fixture(scope="module")
+def whole_runs(flags, tmp_path_factory):
+    """A run of each attention that nothing interrupts, one thread, in a process of its own."""
+    import os
+    import subprocess
+    import sys
+
+    folder = tmp_path_factory.mktemp("whole")
+    for attention in ("softmax", "entmax"):
+        command = [sys.executable, str(ROOT / "train_gpt2.py"), *flags, f"--attention={attention}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, f"--run_dir={folder / attention}"], check=True, capture_output=True, env=environment)
+    return folder
+
+
+def test_log_holds_what_the_contract_says(whole_runs):
+    for attention in ("softmax", "entmax"):
+        records = [json.loads(line) for line in (whole_runs / attention / "log.jsonl").read_text().splitlines()]
+        assert records[0]["step"] == 0 and records[0]["world_size"] == 1 and records[0]["torch"]
+        training = [r for r in records if "train_loss" in r]
+        assert [r["step"] for r in training] == list(range(1, 9))
+        assert [r["tokens"] for r in training] == [256 * s for s in range(1, 9)]
+        keys = {
+            "step",
+            "tokens",
+            "train_loss",
+            "grad_norm",
+            "lr",
+            "step_ms",
+            "tokens_per_s",
+            "mfu",
+            "peak_memory_bytes",
+        }
+        assert all(set(r) == keys | ({"alpha"} if attention == "entmax" else set()) for r in training)
+        assert all(r["mfu"] is None and r["peak_memory_bytes"] is None for r in training)
+        validation = [r for r in records if "val_loss" in r]
+        assert [r["step"] for r in validation] == [0, 4, 8]
+        assert all(r["val_tokens"] == 1024 and r["val_ms"] > 0 for r in validation)
+        assert list(checkpoints(whole_runs / attention)) == [6, 8]  # the last two
+        assert validation[-1]["val_loss"] < validation[0]["val_loss"]
+
+
+def test_config_toml_runs_the_same_again(whole_runs, run, tmp_path):
+    saved = tomllib.loads((whole_runs / "entmax" / "config.toml").read_text())
+    assert set(saved) == set(Config.__dataclass_fields__) - {"run_dir", "resume"}
+    code, out, err = run("train_gpt2.py", "--config", whole_runs / "entmax" / "config.toml", "--run_dir", "again")
+    assert code == 0, err
+    assert read_log(tmp_path / "again") == read_log(whole_runs / "entmax")
+    assert (tmp_path / "again" / "config.toml").read_text() in out
+
+
+@pytest.mark.parametrize("attention, ranks, micro_batch_size", [("softmax", 2, 1), ("entmax", 2, 2), ("entmax", 1, 1)])
+def test_ranks_and_micro_batches_change_nothing(whole_runs, run, flags, tmp_path, attention, ranks, micro_batch_size):
+    changed = [f"--attention={attention}", f"--micro_batch_size={micro_batch_size}", "--run_dir=split"]
+    code, _, err = run("train_gpt2.py", *flags, *changed, ranks=ranks)
+    assert code == 0, err
+    for key in ("train_loss", "val_loss", "grad_norm"):
+        np.testing.assert_allclose(losses(tmp_path / "split", key), losses(whole_runs / attention, key), rtol=2e-5)
+
+
+def test_kernels_train_in_two_processes_as_the_reference_in_one(run, flags, tmp_path):
+    pytest.importorskip("triton")
+    short = ["--max_steps=2", "--batch_size=2", "--val_every=0", "--val_tokens=128"]
+    for name, ranks, env in (("kernels", 2, {"TRITON_INTERPRET": "1"}), ("reference", 1, {})):
+        changed = [*short, f"--micro_batch_size={2 // ranks}", f"--run_dir={name}"]
+        code, _, err = run("train_gpt2.py", *flags, *changed, ranks=ranks, env=env)
+        assert code == 0, err
+    for key in ("train_loss", "val_loss", "grad_norm"):
+        np.testing.assert_allclose(losses(tmp_path / "kernels", key), losses(tmp_path / "reference", key), rtol=2e-5)
+
+
+def wait_for_step(run_dir, step, process):
+    """Return once the log has a training record of that step."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        log = run_dir / "log.jsonl"
+        if log.exists() and f'"step": {step}, "tokens"' in log.read_text():
+            return
+        time.sleep(0.005)
+    pytest.fail(f"no step {step}: {process.communicate()[1].decode()}")
+
+
+@pytest.mark.parametrize("attention, kills", [("softmax", [5]), ("entmax", [1, 4, 7])])
+def test_killed_and_resumed_is_as_if_never_killed(whole_runs, start, run, flags, tmp_path, attention, kills):
+    command = ["train_gpt2.py", *flags, f"--attention={attention}", "--run_dir=killed", "--resume=auto"]
+    for step in kills:
+        process = start(*command)
+        wait_for_step(tmp_path / "killed", step, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    code, _, err = run(*command)
+    assert code == 0, err
+    assert read_log(tmp_path / "killed") == read_log(whole_runs / attention)
+    state, expected = (
+        torch.load(folder / "checkpoint_8", weights_only=True)
+        for folder in (tmp_path / "killed", whole_runs / attention)
+    )
+    assert all(torch.equal(state["model"][name], expected["model"][name]) for name in expected["model"])
+    code, _, err = run(*command)
+    assert code == 0 and "finished" in err
+
+
+def test_damaged_checkpoints_are_passed_over(whole_runs, run, flags, tmp_path):
+    import shutil
+
+    shutil.copytree(whole_runs / "entmax", tmp_path / "damaged")
+    whole = (tmp_path / "damaged" / "checkpoint_8").read_bytes()
+    middle = len(whole) // 2
+    damaged = {
+        "checkpoint_8": whole[:-1000],  # cut short
+        "checkpoint_7": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],  # one bit
+        "checkpoint_9.tmp": whole[:middle],  # a kill while writing
+    }
+    for name, content in damaged.items():
+        (tmp_path / "damaged" / name).write_bytes(content)
+    code, _, err = run("train_gpt2.py", *flags, "--run_dir=damaged", "--resume=auto")
+    assert code == 0, err
+    assert "checkpoint_8 is damaged" in err and "checkpoint_7 is damaged" in err
+    assert read_log(tmp_path / "damaged") == read_log(whole_runs / "entmax")
+
+
+def test_resume_from_a_named_checkpoint_forks_the_run(whole_runs, run, flags, tmp_path):
+    path = whole_runs / "entmax" / "checkpoint_6"
+    code, _, err = run("train_gpt2.py", *flags, f"--resume={path}", "--run_dir=fork", "--micro_batch_size=2")
+    assert code == 0, err
+    fork, whole = read_log(tmp_path / "fork"), read_log(whole_runs / "entmax")
+    assert [r for r in fork if r["step"] <= 6] == [r for r in whole if r["step"] <= 6]
+    np.testing.assert_allclose(losses(tmp_path / "fork"), losses(whole_runs / "entmax"), rtol=2e-5)
+    # another spelling of the path and a longer run may differ, and the line says what the latter means
+    longer = ["--run_dir=fork", "--resume=auto", "--max_steps=9"]
+    shards = next(flag for flag in flags if flag.startswith("--train_data")).split("=")[1]
+    code, _, err = run("train_gpt2.py", *flags, *longer, f"--train_data={shards}/../{shards.split('/')[-1]}/*train*")
+    assert code == 0, err
+    assert "the end of the learning-rate schedule moves" in err
+    assert [r["step"] for r in read_log(tmp_path / "fork") if "train_loss" in r] == list(range(1, 10))
+
+
+def call(capsys, *flags):
+    """main() in this process: exit code and stderr."""
+    try:
+        cli.run(lambda: main([str(flag) for flag in flags]))
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr().err
+
+
+def assert_one_line(code, err, *words):
+    assert code == 2, err
+    assert err.count("\n") == 1 and "Traceback" not in err, err
+    assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (["--learning_rat=1"], ["--learning_rat", "learning_rate"]),
+        (["--max_steps=many"], ["--max_steps", "whole number", "many"]),
+        (["--max_steps=1.5"], ["--max_steps", "1.5"]),
+        (["--max_steps"], ["--max_steps"]),
+        (["--compile=1"], ["--compile", "true or false"]),
+        (["--alpha=0.9"], ["--alpha", "from 1 to 2", "0.9"]),
+        (["--alpha=3"], ["--alpha", "3"]),
+        (["--alpha=nan"], ["--alpha", "nan"]),
+        (["--sequence_length=0"], ["--sequence_length", "0"]),
+        (["--attention=sparse"], ["--attention", "softmax", "entmax"]),
+        (["--config=nowhere.toml"], ["--config", "nowhere.toml"]),
+        (["--train_data=nowhere"], ["train_data", "nowhere"]),
+        (["--val_data="], ["val_data"]),
+        (["--val_tokens=10"], ["val_tokens", "10"]),
+        (["--sequence_length=8000"], ["too few", "sequence_length"]),
+        (["--micro_batch_size=3"], ["batch_size 4", "use batch_size 3 or 6"]),
+        (["--resume=auto"], ["--run_dir"]),
+        (["--resume=nowhere"], ["--resume", "nowhere"]),
+        (["--init_from=./nowhere"], ["init_from", "nowhere"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_wrong_input_gets_one_line(flags, tmp_path, monkeypatch, capsys, wrong, words):
+    monkeypatch.chdir(tmp_path)
+    assert_one_line(*call(capsys, *flags, *wrong), *words)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("max_step = 3", ["max_step", "did you mean 'max_steps'"]),
+        ("max_steps = '3x'", ["max_steps", "3x"]),
+        ("max_steps = true", ["max_steps", "True"]),
+        ("compile = 'yes'", ["compile", "yes"]),
+        ("learning_rate = [1]", ["learning_rate"]),
+        ("alpha = 2.5", ["alpha", "2.5"]),
+        ("alpha = = 2", ["TOML"]),
+        ("\xff", ["TOML"]),
+    ],
+)
+def test_wrong_config_gets_one_line_with_its_file(tmp_path, capsys, text, words):
+    (tmp_path / "bad.toml").write_bytes(text.encode("latin-1"))
+    assert_one_line(*call(capsys, f"--config={tmp_path / 'bad.toml'}"), "bad.toml", *words)
+
+
+def test_wrong_shards_get_one_line_with_their_file(run, flags, tmp_path):
+    write_shard(tmp_path / "x_train_1.bin", np.full(5000, 256, dtype=np.uint16))
+    whole = (tmp_path / "x_train_1.bin").read_bytes()
+    for name, content in {"cut": whole[:-2], "magic": b"\0" * 2000, "empty": b""}.items():
+        (tmp_path / f"{name}.bin").write_bytes(content)
+        code, _, err = run("train_gpt2.py", *flags, f"--train_data={name}.bin")
+        assert_one_line(code, err, f"{name}.bin")
+    write_shard(tmp_path / "big.bin", np.full(5000, 50000, dtype=np.uint16))
+    code, _, err = run("train_gpt2.py", *flags, "--train_data=big.bin")
+    assert_one_line(code, "\n".join(err.splitlines()[-1:]) + "\n", "big.bin", "50000", "257")
+
+
+def test_a_run_is_not_overwritten(whole_runs, flags, capsys):
+    before = (whole_runs / "entmax" / "log.jsonl").read_bytes()
+    assert_one_line(*call(capsys, *flags, f"--run_dir={whole_runs / 'entmax'}"), "entmax", "--resume")
+    assert (whole_runs / "entmax" / "log.jsonl").read_bytes() == before
+
+
+def test_another_configuration_is_not_resumed(whole_runs, shards, flags, tmp_path, capsys):
+    resume = [*flags, f"--run_dir={whole_runs / 'entmax'}", "--resume=auto"]
+    changed = ["--learning_rate=0.5", "--batch_size=8", "--alpha=1.25"]
+    words = ["learning_rate was 0.002, now 0.5", "batch_size was 4, now 8", "alpha was 1.5, now 1.25"]
+    assert_one_line(*call(capsys, *resume, *changed), *words)
+    assert_one_line(*call(capsys, *resume, "--max_steps=7"), "max_steps was 8, now 7")
+    one_shard = f"--train_data={shards}/text_train_000001.bin"
+    assert_one_line(*call(capsys, *resume, one_shard), "train_data", "text_train_000001.bin", str(shards))
+    # with softmax the entmax fields are ignored
+    softmax = [*flags, f"--run_dir={whole_runs / 'softmax'}", "--resume=auto", "--attention=softmax", "--alpha=1.25"]
+    code, err = call(capsys, *softmax)
+    assert code == 0 and "finished" in err
+
+
+def test_no_steps_validates_and_stops(whole_runs, flags, tmp_path, capsys):
+    code, err = call(capsys, *flags, "--max_steps=0", f"--run_dir={tmp_path / 'zero'}")
+    assert code == 0, err
+    np.testing.assert_allclose(
+        losses(tmp_path / "zero", "val_loss"), losses(whole_runs / "entmax", "val_loss")[:1], 1e-6
+    )
+    assert list(checkpoints(tmp_path / "zero")) == [0]
+
+
+def test_starts_in_the_same_second_do_not_collide(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(3):
+        assert call(capsys, *flags, "--max_steps=0", "--val_tokens=64")[0] == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+def test_fewer_validation_tokens_than_asked_are_all_used(shards, flags, tmp_path, capsys):
+    code, err = call(capsys, *flags, "--max_steps=0", "--val_tokens=100000", f"--run_dir={tmp_path / 'all'}")
+    assert code == 0 and "2311 tokens, not val_tokens = 100000" in err
+    (record,) = [r for r in read_log(tmp_path / "all") if "val_loss" in r]
+    assert record["val_tokens"] == 2310 // 64 * 64
+
+
+def test_steps_without_a_finite_loss_are_skipped_then_training_stops(flags, tmp_path, capsys):
+    changed = ["--learning_rate=1e30", "--max_steps=100", "--val_every=0", "--checkpoint_every=0", "--warmup_steps=0"]
+    code, err = call(capsys, *flags, *changed, f"--run_dir={tmp_path / 'blown'}")
+    assert code == 1 and "10 steps in a row" in err and "checkpoint_1" in err
+    records = [r for r in read_log(tmp_path / "blown") if "train_loss" in r]
+    assert ["skipped" in r for r in records] == [False] + [True] * 10
+    assert math.isfinite(records[0]["train_loss"]) and records[1]["train_loss"] is None
+    assert list(checkpoints(tmp_path / "blown")) == [1]
+
+
+def test_schedule():
+    config = parse_config(["--learning_rate=1", "--warmup_steps=10", "--max_steps=110", "--final_lr_fraction=0.1"])
+    rates = [learning_rate(config, step) for step in range(1, 111)]
+    assert rates[:10] == pytest.approx([0.1 * s for s in range(1, 11)])
+    assert rates[10] == 1 and rates[60] == pytest.approx(0.55) and 0.1 < rates[-1] < 0.101
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    flat = parse_config(["--learning_rate=1", "--warmup_steps=0", "--max_steps=2", "--final_lr_fraction=1"])
+    assert [learning_rate(flat, step) for step in (1, 2)] == [1, 1]
+
+
+def test_the_papers_recipe():
+    config = parse_config(["--config", str(ROOT / "configs/gpt2_124m.toml"), "--attention=softmax"])
+    assert (config.model, config.sequence_length, config.batch_size, config.warmup_steps) == ("gpt2", 1024, 512, 700)
+    assert (config.learning_rate, config.weight_decay, config.grad_clip, config.max_steps) == (6e-4, 0.1, 1.0, 18865)
+    assert learning_rate(config, 700) == 6e-4 and learning_rate(config, 18865) < 1e-10
+    for ranks, micro_batch_size in ((1, 16), (8, 64)):
+        assert config.batch_size % (ranks * micro_batch_size) == 0
+
+
+def test_weight_decay_is_for_matrices_and_embeddings():
+    from model import GPT, GPTConfig
+
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, n_positions=64, vocab_size=257))
+    optimizer = make_optimizer(model, Config())
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(decay) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        plain = name.endswith("bias") or ".ln_" in f".{name}"
+        assert decay[id(parameter)] == (0 if plain else 0.1), name
+    assert optimizer.defaults["betas"] == (0.9, 0.95)
+
+
+def test_help_explains_every_field(run):
+    code, out, _ = run("train_gpt2.py", "--help")
+    assert code == 0
+    assert all(f"--{name} " in out for name in Config.__dataclass_fields__)
+    assert '["data/python_stdlib"]' in out and "[300]" in out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("attention", ["softmax", "entmax"])
+def test_killed_and_resumed_on_a_gpu_deterministically(start, run, flags, tmp_path, attention):
+    gpu = ["--device=cuda", "--dtype=bfloat16", "--deterministic=true", "--compile=true", f"--attention={attention}"]
+    code, _, err = run("train_gpt2.py", *flags, *gpu, "--run_dir=whole")
+    assert code == 0, err
+    command = ["train_gpt2.py", *flags, *gpu, "--run_dir=killed", "--resume=auto"]
+    process = start(*command)
+    wait_for_step(tmp_path / "killed", 5, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    code, _, err = run(*command)
+    assert code == 0, err
+    assert read_log(tmp_path / "killed") == read_log(tmp_path / "whole")

@@ -1,0 +1,882 @@
+"""Train GPT-2 with softmax or adaptive sparse alpha-entmax attention.
+
+    python train_gpt2.py                                          a tiny byte-level GPT on any laptop, two minutes
+    python train_gpt2.py --attention softmax --max_steps 100      any field of Config is a flag
+    python train_gpt2.py --config configs/gpt2_124m.toml          the paper's run on one GPU
+    torchrun --standalone --nproc_per_node 8 train_gpt2.py --config configs/gpt2_124m.toml     ... on eight
+
+Continue a run that was stopped:
+
+    python train_gpt2.py --config runs/NAME/config.toml --run_dir runs/NAME --resume auto
+"""
+
+import atexit
+import gc
+import json
+import math
+import os
+import platform
+import signal
+import statistics
+import sys
+import time
+import tomllib
+from collections import deque
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timedelta
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+import cli
+from cli import Failure, Parser, Progress, UserError, nearest, notice
+from data import hellaswag, python_stdlib
+from data.hellaswag import HellaSwag
+from data.shards import SHARD_FORMATS, TokenStream, find_shards, training_batches
+from data.tokenizer import END_OF_TEXT, VOCAB_SIZE, decode, load_tokenizer
+from model import GPT, SIZES, GPTConfig, load_hf
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.toml"
+MAX_SKIPPED = 10  # steps in a row without a finite loss and gradient, before training gives up
+TIMEOUT = timedelta(minutes=10)  # how long a process waits for the others before it fails
+OUTLIER = 5  # standard deviations above the mean of the last 128 steps
+
+# -----------------------------------------------------------------------------
+# configuration
+
+
+def option(default, help, choices=None, least=0, most=sys.float_info.max):
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most})
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. Every field is a flag and a key of the TOML files; the defaults are the paper's recipe."""
+
+    attention: str = option("entmax", "the causal attention", choices=("softmax", "entmax"))
+    alpha: float = option(1.5, "of entmax: 1 is softmax, 2 is sparsemax, between them sparse", least=1, most=2)
+    tokenizer: str = option("gpt2", "what made the shards: sets the vocabulary", choices=tuple(VOCAB_SIZE))
+    train_data: str = option("data/fineweb10B", "training shards: a file, a glob, or a folder of *_train_* files")
+    val_data: str = option("data/fineweb10B", "validation shards: a file, a glob, or a folder of *_val_* files")
+    shard_format: str = option("auto", "of .bin shards: auto is llm.c's, nanogpt has no header", choices=SHARD_FORMATS)
+    run_dir: str = option("", "folder for config, log and checkpoints; empty: runs/<model>-<attention>-<date-time>")
+    seed: int = option(1337, "of the initial weights, the data order and the samples", least=0, most=2**63 - 1)
+    model: str = option("gpt2", "the size", choices=tuple(SIZES))
+    sequence_length: int = option(1024, "tokens a sequence", least=1, most=2**30)
+    batch_size: int = option(512, "sequences a step, over all ranks", least=1)
+    micro_batch_size: int = option(16, "sequences a forward pass, on each rank", least=1)
+    max_steps: int = option(18865, "optimizer steps; 0 validates and stops", least=0)
+    learning_rate: float = option(6e-4, "its peak", least=0)
+    warmup_steps: int = option(700, "steps of linear warm-up from zero", least=0)
+    final_lr_fraction: float = option(0.0, "where the cosine ends, as a fraction of the peak", least=0, most=1)
+    weight_decay: float = option(0.1, "of AdamW, on matrices and embeddings only", least=0)
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0: no clipping", least=0)
+    val_every: int = option(250, "steps between validations; 0: only after the last step", least=0)
+    val_tokens: int = option(10_485_760, "tokens of a validation, from the start of the validation shards", least=1)
+    checkpoint_every: int = option(1000, "steps between checkpoints; 0: only after the last step", least=0)
+    keep_checkpoints: int = option(2, "the newest checkpoints to keep; 0: all", least=0)
+    sample_every: int = option(0, "steps between printed samples of text, and one at the end; 0: never", least=0)
+    hellaswag: str = option("", "HellaSwag's validation set to answer: a .jsonl file, or download; empty: none")
+    hellaswag_every: int = option(250, "steps between HellaSwag evaluations; 0: only after the last step", least=0)
+    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = option("bfloat16", "of activations on CUDA, elsewhere float32", choices=("float32", "bfloat16"))
+    compile: bool = option(False, "torch.compile the model")
+    deterministic: bool = option(False, "on CUDA: the same bits from the same command, at some cost in speed")
+    resume: str = option("never", "never, auto (the newest sound checkpoint of run_dir), or a checkpoint's path")
+    init_from: str = option("", "start from a Hugging Face GPT-2, a folder or a hub name, which also sets the size")
+
+
+def parse_value(name, value, is_flag=True):
+    """A flag's text, or a TOML value, as the type of the field, within its choices or bounds; UserError otherwise."""
+    kind, limits = Config.__dataclass_fields__[name].type, Config.__dataclass_fields__[name].metadata
+    wanted = {str: "UTF-8 text", int: "a whole number", float: "a number", bool: "true or false"}[kind]
+    try:
+        if is_flag and type(value) is str and kind is not str:
+            value = {"true": True, "false": False}[value] if kind is bool else kind(value)
+        elif kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is str:
+            value.encode()  # a name that is not UTF-8 has characters that this refuses
+        sound = type(value) is kind and (kind is not float or math.isfinite(value))
+        sound = sound and (kind is not str or "\0" not in value)
+    except (KeyError, ValueError, OverflowError):
+        sound = False
+    if not sound:
+        raise UserError(f"{name} should be {wanted}, not {value!r}")
+    choices, least, most = limits["choices"], limits["least"], limits["most"]
+    if choices and value not in choices:
+        raise UserError(f"{name} should be one of {', '.join(choices)}, not {value!r}")
+    if kind in (int, float) and not least <= value <= most:
+        span = f"from {least} to {most}" if most < sys.float_info.max else f"at least {least}"
+        raise UserError(f"{name} should be {span}, not {value}")
+    return value
+
+
+def read_toml(path):
+    """The fields that a configuration file sets, checked. Raises UserError that names the file."""
+    try:
+        with open(path, "rb") as file:
+            values = tomllib.load(file)
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, no such day, a number of thousands of digits
+        raise UserError(f"--config {path}: not valid TOML: {error}") from error
+    known = Config.__dataclass_fields__
+    for name in values:
+        if name not in known:
+            raise UserError(f"--config {path}: unknown key {name!r}{nearest(name, known)}")
+    try:
+        return {name: parse_value(name, value, is_flag=False) for name, value in values.items()}
+    except (UserError, ValueError) as error:  # ValueError: a number too long to be printed
+        raise UserError(f"--config {path}: {error}") from error
+
+
+def to_toml(config, without=()):
+    """The configuration as TOML text."""
+    lines = [
+        # JSON's spelling of strings, numbers and booleans is TOML's too, but for one character
+        f"{name} = {json.dumps(value, ensure_ascii=False)}\n".replace("\x7f", "\\u007f")
+        for name, value in asdict(config).items()
+        if name not in without
+    ]
+    return "".join(lines)
+
+
+def add_fields(parser, names, defaults=None):
+    """Give the parser a flag for each named field of Config; a flag that is not used is None."""
+    for name in names:
+        f = Config.__dataclass_fields__[name]
+        choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+        default = f" [{json.dumps(defaults[name])}]" if defaults else ""
+        parser.add_argument(f"--{name}", metavar=f.type.__name__.upper(), help=f.metadata["help"] + choices + default)
+
+
+def parse_config(argv=None):
+    """Config from the command line: the flags over the file of --config over the defaults."""
+    first = Parser(add_help=False)
+    first.add_argument("--config", default=str(DEFAULT_CONFIG), metavar="FILE")
+    from_file = asdict(Config()) | read_toml(first.parse_known_args(argv)[0].config)
+    epilog = "In brackets: the value without the flag, from the --config file (configs/tiny.toml when none is given)."
+    parser = Parser(description=__doc__, epilog=epilog, parents=[first])
+    add_fields(parser, Config.__dataclass_fields__, defaults=from_file)
+    flags = {k: v for k, v in vars(parser.parse_args(argv)).items() if k != "config" and v is not None}
+    try:
+        config = Config(**from_file | {name: parse_value(name, text) for name, text in flags.items()})
+    except UserError as error:
+        raise UserError(f"--{error}") from error
+    if config.warmup_steps > config.max_steps > 0:
+        raise UserError(
+            f"warmup_steps {config.warmup_steps} is longer than the run, max_steps {config.max_steps}: lower "
+            f"--warmup_steps too, say to {config.max_steps // 10}"
+        )
+    return config
+
+
+# -----------------------------------------------------------------------------
+# the machine: signals, ranks, device, precision
+
+
+class Stop:
+    """Inside `with`, notes the first SIGTERM, SIGUSR1 or SIGINT, so that training ends in order; a second SIGINT kills.
+
+    name: of the signal, None before.
+    """
+
+    def __init__(self):
+        self.name, self.since, self.before = None, 0.0, {}
+
+    def __enter__(self):
+        for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                number = getattr(signal, name)
+                self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        if self.name is None:
+            self.name, self.since = signal.Signals(number).name, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.since > 0.5:  # torchrun passes on what all have got
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """This process among those of torchrun, its device, and the precision of its activations."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    autocast: bool = False  # bfloat16 activations; the weights stay float32
+    stop: Stop | None = None  # what may ask this process to stop
+    control: object = None  # the process group that talks by way of the CPU, if that is not the default one
+
+    def sum(self, tensor):
+        """The sum of a tensor over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def from_rank_0(self, function):
+        """What function() returns on rank 0, or its UserError, on every rank."""
+        result = [None]
+        if self.rank == 0:
+            try:
+                result = [function()]
+            except UserError as error:
+                result = [error]
+        if self.world_size > 1:
+            dist.broadcast_object_list(result, src=0)
+        if isinstance(result[0], UserError):
+            raise result[0]
+        return result[0]
+
+    def stopping(self):
+        """Whether any rank was asked to stop. All ranks call it, as often, and have the same answer."""
+        if self.stop is None or self.world_size == 1:
+            return self.stop is not None and self.stop.name is not None
+        asked = torch.tensor(self.stop.name is not None, dtype=torch.int32)
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.control)
+        return bool(asked)
+
+    def check_agreement(self, **facts):
+        """Raise UserError on every rank if one holds other facts (dictionaries) than rank 0."""
+        everyone = [facts]
+        if self.world_size > 1:
+            everyone = [None] * self.world_size
+            dist.all_gather_object(everyone, facts, group=self.control)
+        for rank, other in enumerate(everyone):
+            for fact, values in everyone[0].items():
+                for key in values:
+                    if values[key] != other[fact][key]:
+                        here = f"{values[key]!r} on process 0, {other[fact][key]!r} on process {rank}"
+                        raise UserError(f"the processes differ in {fact}: {key} is {here}; start all of them alike")
+
+    def precision(self):
+        return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext()
+
+
+def start_machine(device, dtype, deterministic=False, stop=None):
+    """Choose the device, and join the other processes when torchrun started this one. Raises UserError."""
+    try:
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    except ValueError as error:
+        raise UserError(f"RANK and WORLD_SIZE should be whole numbers, as torchrun sets them ({error})") from error
+    mps = torch.backends.mps.is_available()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps and world_size == 1 else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
+    if device == "mps" and (not mps or world_size > 1):
+        raise UserError("device mps: " + ("not for several processes" if mps else "not there") + "; use --device cpu")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if device == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        gpus = torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise UserError(f"torchrun started process {local_rank + 1} on a machine of {gpus} GPUs: start one a GPU")
+        torch.cuda.set_device(local_rank)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    elif dtype == "bfloat16" and rank == 0:
+        notice(f"dtype bfloat16 is for CUDA: float32 on {device}")
+    if world_size > 1:
+        try:
+            dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
+        except (ValueError, RuntimeError) as error:
+            if "EADDRINUSE" in str(error):
+                port = os.environ.get("MASTER_PORT")
+                raise UserError(f"MASTER_PORT {port} is in use: take another, or torchrun --standalone") from error
+            if isinstance(error, ValueError):
+                raise UserError(f"WORLD_SIZE is {world_size}: {error}: start with torchrun, or unset it") from error
+            raise
+        control = dist.new_group(backend="gloo", timeout=TIMEOUT) if device == "cuda" else None
+        atexit.register(leave_process_group)
+    return Machine(
+        device=torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device),
+        rank=rank,
+        world_size=world_size,
+        autocast=device == "cuda" and dtype == "bfloat16",
+        stop=stop,
+        control=control if world_size > 1 else None,
+    )
+
+
+def leave_process_group():
+    gc.collect()  # DDP's reference cycles hold gloo's threads, which abort the process if they outlive Python
+    dist.destroy_process_group()
+
+
+PEAK_FLOPS = {  # dense bfloat16, from the vendor's data sheets; the first name that fits counts
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device):
+    """Peak dense bfloat16 FLOP/s of a CUDA device, None where the table does not know it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
+
+
+def code_version():
+    """A short hash of the program's own files."""
+    folder, digest = Path(__file__).parent, sha256()
+    for path in sorted([*folder.glob("*.py"), *folder.glob("data/*.py"), *folder.glob("adasplash_kernels/*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def machine_record(machine):
+    """Versions and machine, for the log."""
+    packages = {}
+    for package in ("torch", "triton", "numpy"):
+        try:
+            packages[package] = version(package)
+        except PackageNotFoundError:
+            packages[package] = None
+    return packages | {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else str(machine.device),
+        "threads": torch.get_num_threads(),
+        "world_size": machine.world_size,
+        "code": code_version(),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+# -----------------------------------------------------------------------------
+# the run directory: config.toml, log.jsonl, checkpoint_<step>
+
+MAY_DIFFER = set("run_dir resume init_from deterministic micro_batch_size device compile keep_checkpoints".split())
+MAY_DIFFER |= {"hellaswag", "shard_format"}  # the tokens that come of a format are compared
+MAY_DIFFER |= {f.name for f in fields(Config) if f.name.endswith("_every")}
+
+
+class RunLog:
+    """log.jsonl, one JSON object an event, each flushed. A step is in it once, also after a resume."""
+
+    def __init__(self, path, earlier=()):
+        """earlier: the records to begin with; what else the file holds is cut off."""
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in earlier))
+        temporary.replace(path)
+        self.path, self.file = path, open(path, "a")
+
+    def write(self, step, **values):
+        """Raises Failure if the disk takes no more."""
+        try:
+            if not self.path.exists():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = open(self.path, "a")
+                notice(f"{self.path} is gone: a new one begins with step {step}")
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise Failure(
+                f"{self.path}: cannot be written ({error.strerror}): training stopped at step {step}; make room, then "
+                "--resume auto goes on from the newest checkpoint"
+            ) from error
+
+
+class NoLog:
+    """What the other ranks write to."""
+
+    def write(self, step, **values):
+        pass
+
+
+def read_log(path, last_step, evaluated):
+    """The records up to a step, without the evaluations of that one unless all are done, or a line cut short."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+            record["step"] + 0
+        except (ValueError, TypeError, KeyError):
+            break
+        redone = record["step"] == last_step and not evaluated and ("val_loss" in record or "hellaswag_acc" in record)
+        if record["step"] <= last_step and not redone:
+            records.append(record)
+    return records
+
+
+def saved_config(state):
+    """The Config of a checkpoint's run. Raises ValueError and others if this program has no such fields or values."""
+    try:
+        return Config(**{name: parse_value(name, value, is_flag=False) for name, value in state["config"].items()})
+    except UserError as error:
+        raise ValueError(error) from error
+
+
+def choose_checkpoint(config):
+    """The path of the checkpoint to resume from, or None for a fresh start."""
+    if config.resume == "never":
+        return None
+    if config.resume == "auto":
+        if not config.run_dir:
+            raise UserError("--resume auto needs --run_dir, the folder of the run to go on with")
+        return checkpoint.newest_sound(config.run_dir)
+    if os.path.isdir(config.resume):
+        raise UserError(f"--resume {config.resume} is a folder: use --run_dir {config.resume} --resume auto")
+    if not os.path.isfile(config.resume):
+        raise UserError(f"--resume {config.resume}: no such checkpoint (never, auto, or a checkpoint's path)")
+    return Path(config.resume)
+
+
+def choose_run_dir(config, resumed):
+    """The run's folder, refused if it holds a run that is not the one resumed (a checkpoint's path or None)."""
+    if not config.run_dir:
+        return resumed.parent if resumed else new_run_dir(config)
+    run_dir = Path(config.run_dir)
+    holds_a_run = any(os.path.exists(run_dir / name) for name in ("config.toml", "log.jsonl"))
+    holds_a_run = holds_a_run or checkpoint.checkpoints(run_dir)
+    goes_on = config.resume == "auto" or resumed and resumed.parent.resolve() == run_dir.resolve()
+    if holds_a_run and not goes_on:
+        raise UserError(f"--run_dir {run_dir} holds a run: --resume auto goes on with it, or name another folder")
+    return run_dir
+
+
+def new_run_dir(config):
+    name = f"runs/{config.model}-{config.attention}-{datetime.now():%Y%m%d-%H%M%S}"
+    return next(p for i in range(1000) if not (p := Path(f"{name}-{i}" if i else name)).exists())
+
+
+def check_resumable(config, state, data):
+    """Refuse to resume a checkpoint whose run another configuration or other data would change."""
+    saved, problems, moved = saved_config(state), [], ""
+    for name, new in asdict(config).items():
+        old = getattr(saved, name)
+        if new == old and name not in data or name in MAY_DIFFER or (name == "alpha" and config.attention == "softmax"):
+            continue
+        if name in data:
+            if data[name] != state["data"][name]:
+                problems.append(f"{name} {new!r} does not hold the shards that it held ({old!r})")
+        elif name == "max_steps" and new > old:
+            moved = f"max_steps was {old}, now {new}: the end of the learning-rate schedule moves"
+        else:
+            problems.append(f"{name} was {old!r}, now {new!r}")
+    if problems:
+        raise UserError(f"cannot resume step {state['step']} with another configuration: {'; '.join(problems)}")
+    if moved:
+        notice(moved)
+
+
+def open_run(config, resumed, run_dir, step, evaluated):
+    """Make or reopen the run directory: write config.toml, cut the log (and later checkpoints) back to `step`.
+
+    evaluated: whether all evaluations of that step are done, and stay in the log.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        text = to_toml(config, without=("run_dir", "resume"))
+        (run_dir / "config.toml").write_text(text, encoding="utf-8")
+        log = RunLog(run_dir / "log.jsonl", read_log(resumed.parent / "log.jsonl", step, evaluated) if resumed else ())
+        for unfinished in run_dir.glob("checkpoint_*.tmp"):
+            unfinished.unlink()
+    except OSError as error:
+        raise UserError(f"--run_dir {run_dir}: cannot be written ({error.strerror})") from error
+    for later, path in checkpoint.checkpoints(run_dir).items():
+        if later > step:
+            notice(f"deleted {path}: the run goes on from step {step}")
+            path.unlink()
+    print(f"# {run_dir}/config.toml\n{text}", flush=True)
+    return log
+
+
+# -----------------------------------------------------------------------------
+# the pieces of a step
+
+
+def learning_rate(config, step):
+    """Of the step with this number, from 1: linear from zero to the peak, then a cosine that ends after max_steps."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    progress = (step - 1 - config.warmup_steps) / (config.max_steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate * (config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine)
+
+
+def make_optimizer(model, config):
+    """AdamW that decays matrices and embeddings, not biases and gains."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+def load_optimizer(optimizer, state):
+    """Take over the moments of a state_dict() of the same optimizer. Raises ValueError and others if not."""
+    groups = optimizer.state_dict()["param_groups"]  # whose settings the configuration gives
+    if [group["params"] for group in groups] != [group["params"] for group in state["param_groups"]]:
+        raise ValueError("the optimizer is that of another model")
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    for parameter, moments in optimizer.state.items():
+        if not {"step", "exp_avg", "exp_avg_sq"} == set(moments) or moments["step"].dim():
+            raise ValueError("the optimizer is not AdamW")
+        if not parameter.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
+            raise ValueError("the optimizer is that of another model")
+
+
+def z_score(recent, value):
+    """How many standard deviations a value is above the mean of a deque, which it joins; 0 until that is full."""
+    if not math.isfinite(value):
+        return 0.0
+    recent.append(value)
+    mean = statistics.fmean(recent)
+    deviation = math.sqrt(statistics.fmean((x - mean) ** 2 for x in recent))
+    return (value - mean) / deviation if len(recent) == recent.maxlen and deviation else 0.0
+
+
+def check_fits(model, tokenizer, sequence_length):
+    """Refuse a model with another vocabulary than the tokenizer's, or with too few positions."""
+    vocab_size, n_positions = model.config.vocab_size, model.config.n_positions
+    if vocab_size != VOCAB_SIZE[tokenizer]:
+        raise UserError(f"tokenizer {tokenizer} has {VOCAB_SIZE[tokenizer]} ids, the model {vocab_size}")
+    if sequence_length > n_positions:
+        raise UserError(f"sequence_length {sequence_length} is longer than the model's {n_positions} positions")
+
+
+def validation_windows(stream, tokens, quiet):
+    """How many sequences a validation on so many tokens takes; a line on stderr when the shards hold fewer."""
+    wanted = tokens // stream.sequence_length
+    if wanted < 1:
+        raise UserError(f"val_tokens {tokens} is less than one sequence of {stream.sequence_length}")
+    if wanted > stream.windows and not quiet:
+        used = stream.windows * stream.sequence_length
+        notice(f"val_data holds {stream.tokens} tokens, not val_tokens = {tokens}: each validation uses all {used}")
+    return min(wanted, stream.windows)
+
+
+@torch.no_grad()
+def validate(model, stream, windows, micro_batch_size, machine, quiet=True):
+    """The mean loss in nats a token of a stream's first windows, the same whatever the micro-batches and ranks.
+
+    Returns (mean, the losses of the windows as a (windows,) float64 tensor on every rank), None when asked to stop.
+    """
+    wide = torch.float32 if machine.device.type == "mps" else torch.float64  # mps has no float64
+    losses = torch.zeros(windows, dtype=wide, device=machine.device)
+    progress = Progress(windows, "sequences", "validating", quiet=quiet or machine.rank > 0)
+    for start in range(0, windows, machine.world_size * micro_batch_size):
+        if machine.stopping():
+            return None
+        first = start + machine.rank * micro_batch_size
+        last = min(first + micro_batch_size, windows)
+        if first < last:
+            # the last micro-batch repeats its last window, so that all have one shape and compile once
+            batch = torch.from_numpy(stream.batch(min(w, last - 1) for w in range(first, first + micro_batch_size)))
+            batch = batch.to(machine.device)
+            with machine.precision():
+                token_losses = model(batch[:, :-1], batch[:, 1:])
+            losses[first:last] = token_losses.to(wide).mean(dim=1)[: last - first]
+        progress.update(min(machine.world_size * micro_batch_size, windows - start))
+    progress.close()
+    losses = machine.sum(losses).double() if wide is torch.float64 else losses.cpu().double()
+    return losses.mean().item(), losses
+
+
+@torch.no_grad()
+def answer_hellaswag(model, questions, micro_batch_tokens, machine, quiet=True):
+    """The accuracies (acc_norm, acc) of a model on the examples of a HellaSwag, the same whatever the ranks.
+
+    None when asked to stop.
+    """
+    wide = torch.float32 if machine.device.type == "mps" else torch.float64  # mps has no float64
+    losses = torch.zeros(len(questions.rows), dtype=wide, device=machine.device)
+    progress = Progress(len(questions.rows), "endings", "HellaSwag", quiet=quiet or machine.rank > 0)
+    for i, (rows, *batch) in enumerate(questions.batches(micro_batch_tokens)):
+        if machine.stopping():
+            return None
+        if i % machine.world_size == machine.rank:
+            inputs, targets, in_ending = (tensor.to(machine.device) for tensor in batch)
+            with machine.precision():  # logits for the endings alone: the contexts are longer
+                logits = model.logits(model.hidden(inputs)[in_ending])
+            token_losses = F.cross_entropy(logits.float(), targets[in_ending], reduction="none")
+            of_row = rows.to(machine.device)[in_ending.nonzero()[:, 0]]
+            losses.index_add_(0, of_row, token_losses.to(wide))
+        progress.update(len(rows))
+    progress.close()
+    return questions.accuracy(machine.sum(losses).cpu().double())
+
+
+def print_sample(model, config, machine, tokenizer, step):
+    """Print a short text of the model, from an empty document."""
+    generator = torch.Generator().manual_seed(config.seed + step)
+    with machine.precision():
+        tokens = list(model.generate([END_OF_TEXT[config.tokenizer]], 200, temperature=0.8, generator=generator))
+    tqdm.write(f"--- a sample after {step} steps ---\n{decode(tokenizer, tokens)}\n---", file=sys.stdout)
+    sys.stdout.flush()
+
+
+# -----------------------------------------------------------------------------
+# training
+
+
+def train(config, stop):
+    machine = start_machine(config.device, config.dtype, config.deterministic, stop)
+    device, rank, world_size = machine.device, machine.rank, machine.world_size
+    torch.manual_seed(config.seed)
+
+    # data
+    if python_stdlib.FOLDER in (config.train_data, config.val_data):
+        machine.from_rank_0(python_stdlib.make_shards)
+    at_once = config.micro_batch_size * world_size
+    if config.batch_size % at_once:
+        below = config.batch_size // at_once * at_once
+        valid = " or ".join(str(n) for n in (below, below + at_once) if n)
+        raise UserError(
+            f"batch_size {config.batch_size} is not a multiple of micro_batch_size {config.micro_batch_size} "
+            f"x {world_size} ranks = {at_once}: use batch_size {valid}, or a smaller micro_batch_size"
+        )
+    micro_batches = config.batch_size // at_once
+    vocab_size, T = VOCAB_SIZE[config.tokenizer], config.sequence_length
+    shard_format = config.shard_format
+    train_stream = TokenStream(find_shards(config.train_data, "train", "train_data"), T, vocab_size, shard_format)
+    val_stream = TokenStream(find_shards(config.val_data, "val", "val_data"), T, vocab_size, shard_format)
+    for stream in (train_stream, val_stream):  # ids beyond the vocabulary are refused where they are read
+        stream.batch({min(w, stream.windows - 1) for w in stream.first_window.tolist()})
+    val_windows = validation_windows(val_stream, config.val_tokens, quiet=rank > 0)
+    fingerprints = {"train_data": train_stream.fingerprint(), "val_data": val_stream.fingerprint()}
+
+    settings = {k: v for k, v in asdict(config).items() if k not in ("train_data", "val_data", "hellaswag")}
+    machine.check_agreement(configuration=settings, data=fingerprints, program={"version": code_version()})
+
+    # where to start from: a checkpoint, someone else's weights, or new ones
+    resumed = machine.from_rank_0(lambda: choose_checkpoint(config))
+    run_dir = machine.from_rank_0(lambda: choose_run_dir(config, resumed))
+    start, evaluated = 0, False
+    recent_losses, recent_norms = deque(maxlen=128), deque(maxlen=128)
+    if resumed:
+        state = checkpoint.load(resumed)
+        with checkpoint.reading(resumed):
+            check_resumable(config, state, fingerprints)
+        start = state["step"]
+        if start >= config.max_steps:
+            if rank == 0:
+                notice(f"{run_dir} is finished: {start} of {config.max_steps} steps are done")
+            return
+        model = checkpoint.load_model(state)
+    elif config.init_from:
+        model = load_hf(config.init_from, config.attention, config.alpha)
+    else:
+        n_layer, n_head, n_embd = SIZES[config.model]
+        model = GPT(GPTConfig(n_layer, n_head, n_embd, T, vocab_size, config.attention, config.alpha))
+        model.init_weights(torch.Generator().manual_seed(config.seed))
+    check_fits(model, config.tokenizer, T)
+    questions = None
+    if config.hellaswag:
+        path = machine.from_rank_0(lambda: hellaswag.find(config.hellaswag))
+        questions = HellaSwag(path, load_tokenizer(config.tokenizer), model.config.n_positions)
+    model.to(device)
+    optimizer = make_optimizer(model, config)
+    if resumed:
+        with checkpoint.reading(resumed):
+            load_optimizer(optimizer, state["optimizer"])
+            torch.set_rng_state(state["rng"]["cpu"])
+            if device.type == "cuda" and state["rng"]["cuda"] is not None:
+                torch.cuda.set_rng_state(state["rng"]["cuda"])
+            evaluated = bool(state["evaluated"])
+            recent_losses.extend(map(float, state["recent"]["losses"]))
+            recent_norms.extend(map(float, state["recent"]["norms"]))
+        del state
+    writer = checkpoint.Writer(run_dir, config.keep_checkpoints)
+
+    def save(step, evaluated=True):
+        if rank == 0:
+            began = time.perf_counter()
+            tensors = [*model.parameters(), *(x for moments in optimizer.state.values() for x in moments.values())]
+            if not all(x.isfinite().all() for x in tensors):
+                raise Failure(
+                    f"the weights after step {step} are not finite, no checkpoint of them is written: --resume with an "
+                    f"earlier one of {run_dir} goes on"
+                )
+            cuda_rng = torch.cuda.get_rng_state() if device.type == "cuda" else None
+            state = {
+                "step": step,  # also the position in the data: step * batch_size sequences are consumed
+                "model": model.state_dict(),
+                "gpt_config": asdict(model.config),
+                "optimizer": optimizer.state_dict(),
+                "rng": {"cpu": torch.get_rng_state(), "cuda": cuda_rng},
+                "config": asdict(config),
+                "data": fingerprints,
+                "evaluated": evaluated,  # or is that left to the run that goes on?
+                "recent": {"losses": list(recent_losses), "norms": list(recent_norms)},
+            }
+            writer.wait()
+            state = checkpoint.copied(state)
+            log.write(step, event="checkpoint", training_waited_ms=1e3 * (time.perf_counter() - began))
+            writer.write(state)
+
+    def leave(step, evaluated):
+        if rank == 0:
+            if writer.newest != step:
+                save(step, evaluated)
+            writer.finish()
+            reason = stop.name or "a signal to another process"
+            notice(f"stopped by {reason} after step {step}: --run_dir {run_dir} --resume auto goes on")
+
+    # `model` holds the weights; `run_model` is how a batch goes through them
+    compiled = torch.compile(model, dynamic=False, fullgraph=True) if config.compile else model
+    run_model = DistributedDataParallel(compiled, gradient_as_bucket_view=True) if world_size > 1 else compiled
+
+    log = open_run(config, resumed, run_dir, start, evaluated) if rank == 0 else NoLog()
+    log.write(start, event="resume" if resumed else "start", **machine_record(machine))
+    tokenizer = sampling_tokenizer(config) if rank == 0 else None
+    parameters, width = sum(p.numel() for p in model.parameters()), model.config.n_layer * model.config.n_embd
+    flops_per_token, peak = 6 * parameters + 12 * width * T, peak_flops(device)  # as in the PaLM paper, appendix B
+    batches = training_batches(
+        train_stream, config.seed, start * config.batch_size, config.micro_batch_size, device, rank, world_size
+    )
+    progress = Progress(config.max_steps, "steps", "training", done=start, quiet=rank > 0)
+    skipped, skipped_in_a_row, val_loss = 0, 0, math.nan
+
+    for step in range(start, config.max_steps + 1):  # so many optimizer steps are done
+        last_step = step == config.max_steps
+
+        if not evaluated:
+            if last_step or due(step, config.val_every):
+                began = time.perf_counter()
+                result = validate(compiled, val_stream, val_windows, config.micro_batch_size, machine)
+                if result is None:
+                    return leave(step, evaluated=False)
+                val_loss, _ = result
+                val_ms = 1e3 * (time.perf_counter() - began)
+                log.write(step, val_loss=val_loss, val_tokens=val_windows * T, val_ms=val_ms)
+                if rank == 0:
+                    tqdm.write(f"step {step} | validation loss {val_loss:.4f} nats a token", file=sys.stdout)
+                    sys.stdout.flush()
+            if questions and (last_step or due(step, config.hellaswag_every)):
+                result = answer_hellaswag(model, questions, config.micro_batch_size * T, machine)
+                if result is None:
+                    return leave(step, evaluated=False)
+                acc_norm, acc = result
+                log.write(step, hellaswag_acc_norm=acc_norm, hellaswag_acc=acc)
+                if rank == 0:
+                    tqdm.write(f"step {step} | HellaSwag acc_norm {acc_norm:.4f}, acc {acc:.4f}", file=sys.stdout)
+                    sys.stdout.flush()
+            if tokenizer and (last_step or due(step, config.sample_every)):
+                print_sample(model, config, machine, tokenizer, step)
+            if last_step or step > 0 and due(step, config.checkpoint_every):
+                save(step)
+        if last_step:
+            break
+
+        # forward and backward over the micro-batches, whose gradients add up
+        began = time.perf_counter()
+        loss = torch.zeros((), device=device)
+        for micro_step in range(micro_batches):
+            if machine.stopping():
+                return leave(step, evaluated=True)
+            inputs, targets = next(batches)
+            # the ranks average their gradients once a step, with the last micro-batch
+            more = world_size > 1 and micro_step < micro_batches - 1
+            with run_model.no_sync() if more else nullcontext():
+                with machine.precision():
+                    micro_loss = run_model(inputs, targets).mean() / micro_batches
+                micro_loss.backward()
+            loss += micro_loss.detach()
+        loss = machine.sum(loss).item() / world_size
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
+
+        # update, unless that would spoil the weights
+        step, evaluated = step + 1, False
+        lr = learning_rate(config, step)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        seconds = time.perf_counter() - began
+        tokens_per_s = config.batch_size * T / seconds
+        record = {"tokens": step * config.batch_size * T, "train_loss": loss if math.isfinite(loss) else None}
+        record |= {"grad_norm": grad_norm if math.isfinite(grad_norm) else None, "lr": lr}
+        record |= {"alpha": config.alpha} if config.attention == "entmax" else {}
+        record |= {"step_ms": 1e3 * seconds, "tokens_per_s": tokens_per_s}
+        record |= {"mfu": flops_per_token * tokens_per_s / (peak * world_size) if peak else None}
+        record |= {"peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None}
+        outliers = {"loss_z": z_score(recent_losses, loss), "grad_norm_z": z_score(recent_norms, grad_norm)}
+        record |= {name: z for name, z in outliers.items() if z > OUTLIER}
+        log.write(step, **record, **({} if finite else {"skipped": True}))
+        progress.update(1, f"loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s")
+
+        skipped, skipped_in_a_row = skipped + (not finite), 0 if finite else skipped_in_a_row + 1
+        if not finite and rank == 0:
+            notice(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}")
+        if skipped_in_a_row == MAX_SKIPPED:
+            save(step - MAX_SKIPPED)
+            writer.finish()
+            raise Failure(
+                f"stopped: {MAX_SKIPPED} steps in a row had no finite loss or gradient. The weights from before "
+                f"are in {run_dir}/checkpoint_{step - MAX_SKIPPED}; a lower learning_rate may help"
+            )
+
+    progress.close()
+    writer.finish()
+    if rank == 0:
+        note = f", {skipped} steps skipped" if skipped else ""
+        notice(f"done: validation loss {val_loss:.4f}{note}; python sample.py --run_dir {run_dir} writes text")
+
+
+def due(step, every):
+    return every > 0 and step % every == 0
+
+
+def sampling_tokenizer(config):
+    """The tokenizer for printed samples; None when none are asked for, or it is not to be had."""
+    try:
+        return load_tokenizer(config.tokenizer) if config.sample_every else None
+    except UserError as error:
+        notice(f"no samples during training: {error}")
+
+
+def smaller_micro_batch(config):
+    """Advice: the largest micro-batch up to half of this one that divides the batch."""
+    each, micro_batch_size = config.batch_size // int(os.environ.get("WORLD_SIZE", 1)), config.micro_batch_size
+    fits = [n for n in range(1, micro_batch_size // 2 + 1) if each % n == 0]
+    if not fits:
+        return f"micro_batch_size is {micro_batch_size}: take a shorter sequence_length or a smaller model"
+    return f"use --micro_batch_size {fits[-1]} instead of {micro_batch_size}; the batches stay the same"
+
+
+def main(argv=None):
+    config = parse_config(argv)
+    try:
+        with Stop() as stop:
+            train(config, stop)
+    except (RuntimeError, MemoryError) as error:
+        cli.explain_memory(error, smaller_micro_batch(config))
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"compile: torch.compile does not work here ({reason}): use --compile false") from error
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            rank, reason = os.environ.get("RANK"), str(error).splitlines()[0]
+            raise Failure(f"process {rank} lost the others ({reason}): --resume auto goes on") from error
+        raise
+
+
+if __name__ == "__main__":
+    cli.run(main)
