@@ -55,7 +55,8 @@ def _solve(z, c, r):
     """Raw scores z (N, R, S), overwritten -> u^r (N, R, S); its sums, max z and x, (N, R, 1) each."""
     top = z.amax(-1, keepdim=True)
     z.sub_(top)
-    x = torch.full_like(top, -0.5) / c
+    # the middle of where x may be; a point below it would let every u^r underflow when alpha is near 1
+    x = torch.zeros_like(top).sub_((1 + z.shape[-1] ** (-1 / r)) / (2 * c))
     tolerance = 8 * torch.finfo(z.dtype).eps  # on h; p divided by its sum is then exact to rounding
     for _ in range(MAX_STEPS):
         p, lower = _powers(z, x, c, r)
@@ -67,6 +68,22 @@ def _solve(z, c, r):
             break
         x = step
     return p, total, top, x
+
+
+def attention_weights(q, k, alpha, scale):
+    """Yield (heads, rows, p): the weights of some queries of some heads after the other, so that few are in memory.
+
+    q: (B, H, R, D), k: (B, H, S, D) as entmax_reference takes them; alpha: a number, 1 < alpha <= 2.
+    heads and rows are slices of the B H heads and the R queries, p (heads, rows, keys) their weights on the keys up to
+    the last that these rows see: float32, or float64 for float64. A row sums to 1; what has no weight is exactly 0.
+    """
+    r = {1.5: 2, 2.0: 1}.get(alpha, 1 / (alpha - 1))
+    q, k = _merge(q), _merge(k)
+    for heads, rows, keys, mask in _blocks(q, k):
+        with torch.autocast(q.device.type, enabled=False):  # not around the yield, or the caller would be in it too
+            z = torch.baddbmm(mask, q[heads, rows], k[heads, keys].mT)
+            p, total, _, _ = _solve(z, scale / r, r)
+        yield heads, rows, p.div_(total)
 
 
 @torch.library.custom_op("adasplash::entmax_reference", mutates_args=())

@@ -197,6 +197,17 @@ def test_alpha_one_is_softmax():
     torch.testing.assert_close(causal_entmax_attention(q, k, v, 1), expected)
 
 
+@pytest.mark.parametrize("alpha", (1.00005, 1.0005, 1.005))
+def test_alpha_near_one(alpha):
+    """As far as float32 goes: rounding counts 1 / (alpha - 1) times."""
+    for T, spread in ((1, 1.0), (63, 0.3), (200, 5.0)):
+        q, k, v, dout = normal_inputs(1, 2, T, T, 16, spread=spread)
+        inputs64 = [x.double() for x in (q, k, v, dout)]
+        expected, sizes = dense(*inputs64, alpha, 0.25), summands(*inputs64, alpha, 0.25)
+        for x, y, size in zip(run(q, k, v, dout, alpha), expected, sizes, strict=True):
+            assert error(x, y, 0.01 * size) < torch.finfo(torch.float32).eps / (alpha - 1)
+
+
 def test_alpha_as_tensor():
     inputs = normal_inputs(2, 2, 50, 50, 16)
     for alpha in (1.3, 1.5, 2.0):
