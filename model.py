@@ -9,7 +9,6 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,8 +55,11 @@ class GPTConfig:
 # modules
 
 
-def causal_softmax_attention(q, k, v):
-    """q: (B, H, Tq, D), k and v: (B, H, Tk, D); Tq is Tk, or 1 with a cache: the newest token, which sees all keys."""
+def causal_softmax_attention(q, k, v, alpha):
+    """q: (B, H, Tq, D), k and v: (B, H, Tk, D); Tq is Tk, or 1 with a cache: the newest token, which sees all keys.
+
+    alpha is entmax's, and ignored.
+    """
     return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] == k.shape[2])
 
 
@@ -65,10 +67,10 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
+        self.alpha = config.alpha  # see GPT.set_alpha
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        entmax = partial(causal_entmax_attention, alpha=config.alpha)
-        self.attend = {"softmax": causal_softmax_attention, "entmax": entmax}[config.attention]
+        self.attend = {"softmax": causal_softmax_attention, "entmax": causal_entmax_attention}[config.attention]
 
     def forward(self, x, past=None):
         """x: (B, T, C). past: None, or a list that holds this layer's keys and values so far and is extended."""
@@ -79,7 +81,7 @@ class Attention(nn.Module):
             if past:
                 k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
             past[:] = k, v
-        y = self.attend(q, k, v)
+        y = self.attend(q, k, v, self.alpha)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -119,16 +121,34 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
 
     @torch.no_grad()
-    def init_weights(self, generator):
-        """GPT-2's initialisation, drawn from a torch.Generator on the CPU."""
+    def init_weights(self, generator, qk_scale=1.0):
+        """GPT-2's initialisation, drawn from a torch.Generator on the CPU; queries and keys times qk_scale."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 # 2L projections add to the residual stream: the variance of their sum shall not grow with L
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
                 parameter.normal_(0, std, generator=generator)
+                if name.endswith("c_attn.weight"):
+                    parameter[: 2 * self.config.n_embd] *= qk_scale
             elif name.endswith("bias"):
                 parameter.zero_()
         self.wte.weight[self.config.vocab_size :] = 0
+
+    def set_alpha(self, alpha):
+        """Entmax's alpha from now on, from 1 to 2; with softmax nothing changes.
+
+        1, 1.5 and 2 have kernels of their own. All others share one that reads alpha from a tensor on the device: a
+        compiled model follows as it changes, and is not compiled again.
+        """
+        value = alpha
+        if alpha not in (1, 1.5, 2):
+            value = self.h[0].attn.alpha
+            if isinstance(value, torch.Tensor):
+                value.fill_(alpha)
+            else:
+                value = torch.tensor([alpha], dtype=torch.float32, device=self.wte.weight.device)
+        for block in self.h:
+            block.attn.alpha = value
 
     def forward(self, tokens, targets):
         """tokens, targets: (B, T) int64. The cross-entropy of every target in nats, (B, T) float32."""

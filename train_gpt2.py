@@ -63,6 +63,9 @@ class Config:
 
     attention: str = option("entmax", "the causal attention", choices=("softmax", "entmax"))
     alpha: float = option(1.5, "of entmax: 1 is softmax, 2 is sparsemax, between them sparse", least=1, most=2)
+    alpha_start: float = option(1.1, "alpha at the start, where it takes alpha_steps to alpha", least=1, most=2)
+    alpha_steps: int = option(0, "steps over which alpha goes from alpha_start to alpha; 0: alpha throughout", least=0)
+    qk_init_scale: float = option(1.0, "times the initial query and key weights, for either attention", least=0)
     tokenizer: str = option("gpt2", "what made the shards: sets the vocabulary", choices=tuple(VOCAB_SIZE))
     train_data: str = option("data/fineweb10B", "training shards: a file, a glob, or a folder of *_train_* files")
     val_data: str = option("data/fineweb10B", "validation shards: a file, a glob, or a folder of *_val_* files")
@@ -176,6 +179,11 @@ def parse_config(argv=None):
         raise UserError(
             f"warmup_steps {config.warmup_steps} is longer than the run, max_steps {config.max_steps}: lower "
             f"--warmup_steps too, say to {config.max_steps // 10}"
+        )
+    if config.attention == "entmax" and config.alpha_steps > config.max_steps > 0:
+        raise UserError(
+            f"alpha_steps {config.alpha_steps} is longer than the run, max_steps {config.max_steps}: it would not come "
+            f"to alpha {config.alpha}; lower --alpha_steps too, say to {config.max_steps * 9 // 10}"
         )
     return config
 
@@ -465,9 +473,10 @@ def new_run_dir(config):
 def check_resumable(config, state, data):
     """Refuse to resume a checkpoint whose run another configuration or other data would change."""
     saved, problems, moved = saved_config(state), [], ""
+    softmax = config.attention == "softmax"
     for name, new in asdict(config).items():
         old = getattr(saved, name)
-        if new == old and name not in data or name in MAY_DIFFER or (name == "alpha" and config.attention == "softmax"):
+        if new == old and name not in data or name in MAY_DIFFER or softmax and name.startswith("alpha"):
             continue
         if name in data:
             if data[name] != state["data"][name]:
@@ -517,6 +526,13 @@ def learning_rate(config, step):
     return config.learning_rate * (config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine)
 
 
+def entmax_alpha(config, step):
+    """Alpha once `step` steps are done: from alpha_start in a straight line, and alpha from alpha_steps on."""
+    if step >= config.alpha_steps:
+        return config.alpha
+    return config.alpha_start + (config.alpha - config.alpha_start) * step / config.alpha_steps
+
+
 def make_optimizer(model, config):
     """AdamW that decays matrices and embeddings, not biases and gains."""
     parameters = list(model.parameters())
@@ -538,6 +554,26 @@ def load_optimizer(optimizer, state):
             raise ValueError("the optimizer is not AdamW")
         if not parameter.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
             raise ValueError("the optimizer is that of another model")
+
+
+def add_gradients(model, batches, micro_batches, machine):
+    """Forward and backward over a step's micro-batches, whose gradients add up.
+
+    Returns the mean loss over all ranks, None when asked to stop.
+    """
+    loss = torch.zeros((), device=machine.device)
+    for micro_step in range(micro_batches):
+        if machine.stopping():
+            return None
+        inputs, targets = next(batches)
+        # the ranks average their gradients once a step, with the last micro-batch
+        more = machine.world_size > 1 and micro_step < micro_batches - 1
+        with model.no_sync() if more else nullcontext():
+            with machine.precision():
+                micro_loss = model(inputs, targets).mean() / micro_batches
+            micro_loss.backward()
+        loss += micro_loss.detach()
+    return machine.sum(loss).item() / machine.world_size
 
 
 def z_score(recent, value):
@@ -683,7 +719,7 @@ def train(config, stop):
     else:
         n_layer, n_head, n_embd = SIZES[config.model]
         model = GPT(GPTConfig(n_layer, n_head, n_embd, T, vocab_size, config.attention, config.alpha))
-        model.init_weights(torch.Generator().manual_seed(config.seed))
+        model.init_weights(torch.Generator().manual_seed(config.seed), config.qk_init_scale)
     check_fits(model, config.tokenizer, T)
     questions = None
     if config.hellaswag:
@@ -716,7 +752,7 @@ def train(config, stop):
             state = {
                 "step": step,  # also the position in the data: step * batch_size sequences are consumed
                 "model": model.state_dict(),
-                "gpt_config": asdict(model.config),
+                "gpt_config": asdict(model.config) | {"alpha": entmax_alpha(config, step)},
                 "optimizer": optimizer.state_dict(),
                 "rng": {"cpu": torch.get_rng_state(), "cuda": cuda_rng},
                 "config": asdict(config),
@@ -729,12 +765,12 @@ def train(config, stop):
             log.write(step, event="checkpoint", training_waited_ms=1e3 * (time.perf_counter() - began))
             writer.write(state)
 
-    def leave(step, evaluated):
+    def leave(step, evaluated, reason=None):
         if rank == 0:
             if writer.newest != step:
                 save(step, evaluated)
             writer.finish()
-            reason = stop.name or "a signal to another process"
+            reason = reason or stop.name or "a signal to another process"
             notice(f"stopped by {reason} after step {step}: --run_dir {run_dir} --resume auto goes on")
 
     # `model` holds the weights; `run_model` is how a batch goes through them
@@ -753,7 +789,8 @@ def train(config, stop):
     skipped, skipped_in_a_row, val_loss = 0, 0, math.nan
 
     for step in range(start, config.max_steps + 1):  # so many optimizer steps are done
-        last_step = step == config.max_steps
+        last_step, alpha = step == config.max_steps, entmax_alpha(config, step)
+        model.set_alpha(alpha)
 
         if not evaluated:
             if last_step or due(step, config.val_every):
@@ -783,21 +820,18 @@ def train(config, stop):
         if last_step:
             break
 
-        # forward and backward over the micro-batches, whose gradients add up
         began = time.perf_counter()
-        loss = torch.zeros((), device=device)
-        for micro_step in range(micro_batches):
-            if machine.stopping():
-                return leave(step, evaluated=True)
-            inputs, targets = next(batches)
-            # the ranks average their gradients once a step, with the last micro-batch
-            more = world_size > 1 and micro_step < micro_batches - 1
-            with run_model.no_sync() if more else nullcontext():
-                with machine.precision():
-                    micro_loss = run_model(inputs, targets).mean() / micro_batches
-                micro_loss.backward()
-            loss += micro_loss.detach()
-        loss = machine.sum(loss).item() / world_size
+        try:
+            loss = add_gradients(run_model, batches, micro_batches, machine)
+        except (UserError, RuntimeError):  # a damaged shard, a lost process: the weights are those of whole steps
+            if step > start:
+                try:
+                    leave(step, evaluated=True, reason="an error")
+                except Failure as failure:
+                    notice(str(failure))
+            raise
+        if loss is None:
+            return leave(step, evaluated=True)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
 
         # update, unless that would spoil the weights
@@ -814,7 +848,7 @@ def train(config, stop):
         tokens_per_s = config.batch_size * T / seconds
         record = {"tokens": step * config.batch_size * T, "train_loss": loss if math.isfinite(loss) else None}
         record |= {"grad_norm": grad_norm if math.isfinite(grad_norm) else None, "lr": lr}
-        record |= {"alpha": config.alpha} if config.attention == "entmax" else {}
+        record |= {"alpha": alpha} if config.attention == "entmax" else {}
         record |= {"step_ms": 1e3 * seconds, "tokens_per_s": tokens_per_s}
         record |= {"mfu": flops_per_token * tokens_per_s / (peak * world_size) if peak else None}
         record |= {"peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None}

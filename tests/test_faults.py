@@ -24,7 +24,7 @@ from conftest import ROOT, read_log
 import checkpoint
 from checkpoint import checkpoints
 from cli import Failure
-from data.shards import TokenStream, training_batches
+from data.shards import BatchOrder, TokenStream, training_batches, write_shard
 from train_gpt2 import z_score
 
 # A run that writes slowly: kills then fall inside checkpoint writes too.
@@ -221,7 +221,7 @@ def test_one_rank_is_asked_and_all_stop(undisturbed, start, run, flags, tmp_path
     err = process.communicate()[1].decode()
     assert process.returncode == 0 and "stopped by a signal to another process" in err, err
     # whatever the number of processes, the same batches follow
-    for ranks in (4, 1):
+    for ranks in (4, 2, 1):
         folder = tmp_path / f"ranks{ranks}"
         shutil.copytree(tmp_path / "stopped", folder)
         code, _, err = run(*command, f"--run_dir={folder}", ranks=ranks)
@@ -269,11 +269,16 @@ def test_processes_that_differ_are_refused(flags, shards, tmp_path):
         content = bytearray(shard.read_bytes())
         content[-1000] ^= 1
         (tmp_path / "other" / shard.name).write_bytes(content)
-    for changed, words in (
-        ("--learning_rate=0.5", "configuration: learning_rate is 0.002 on process 0, 0.5 on process 1"),
-        (f"--train_data={tmp_path / 'other'}", "data: train_data"),
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=lambda folder, names: {n for n in names if n.startswith(".") or n == "runs"})
+    with open(copy / "model.py", "a") as file:
+        file.write("# a later version\n")
+    for other, words in (
+        ([*command, "--learning_rate=0.5"], "configuration: learning_rate is 0.002 on process 0, 0.5 on process 1"),
+        ([*command, f"--train_data={tmp_path / 'other'}"], "data: train_data"),
+        ([str(copy / "train_gpt2.py"), *command[1:]], "program: version"),
     ):
-        for code, err in two_processes(tmp_path, [command, [*command, changed]]):
+        for code, err in two_processes(tmp_path, [command, other]):
             assert code == 2 and words in err and "Traceback" not in err, err
     assert not (tmp_path / "run").exists()
 
@@ -319,6 +324,32 @@ def test_the_log_finds_no_room(start, flags, tmp_path):
     err = process.communicate()[1].decode()
     assert process.returncode == 1 and "log.jsonl: cannot be written (File too large)" in err, err
     assert "Traceback" not in err
+
+
+def test_folders_that_may_not_be_written(start, flags, tmp_path):
+    """From the start: refused in a line. Later: the run goes on with the checkpoints it has, and says so at its end."""
+    if os.getuid() == 0:  # whom no permission stops, but for the lack of two capabilities
+        launch = ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner", "--inh-caps=-all", sys.executable]
+        if not shutil.which("setpriv"):
+            pytest.skip("needs setpriv to give up what root may do")
+    else:
+        launch = [sys.executable]
+    (tmp_path / "closed").mkdir(mode=0o555)
+    command = [*launch, str(ROOT / "train_gpt2.py"), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    closed = [*command, f"--run_dir={tmp_path / 'closed' / 'run'}"]
+    result = subprocess.run(closed, capture_output=True, text=True, env=environment)
+    assert result.returncode == 2 and "cannot be written (Permission denied)" in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr
+    run_dir = tmp_path / "open"
+    later = [*command, "--max_steps=60", "--checkpoint_every=20", f"--run_dir={run_dir}"]
+    process = subprocess.Popen(later, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+    wait_until(lambda: (run_dir / "checkpoint_20").exists(), process)
+    run_dir.chmod(0o555)
+    err = process.communicate()[1].decode()
+    assert process.returncode == 1 and "checkpoint_40: cannot be written (Permission denied)" in err, err
+    assert "Traceback" not in err and err.splitlines()[-1].startswith(f"error: {run_dir}/checkpoint_60"), err
+    assert list(checkpoints(run_dir)) == [20] and steps_logged(run_dir) == 60
 
 
 def test_an_old_checkpoint_outlives_a_failed_write(tmp_path, monkeypatch):
@@ -406,6 +437,30 @@ cli.run(train_gpt2.main)
 
 def all_finite(path):
     return all(x.isfinite().all() for x in torch.load(path, weights_only=True)["model"].values())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_token_that_is_none_stops_the_run_with_what_it_has(run, flags, tmp_path, ranks):
+    """A long shard looks sound at the start. Once it is mended, the run goes on as if nothing had been."""
+    path = tmp_path / "long_train_0.bin"
+    write_shard(path, np.random.default_rng(0).integers(0, 256, 20_000).astype(np.uint16))
+    sound, stream = path.read_bytes(), TokenStream([path], 64, 257)
+    order = BatchOrder(stream, 1337)
+    i = next(i for i in range(16, 48) if 100 < order[i] < 200)  # what is far from its ends is not looked at
+    step, offset = i // 4, 1024 + 2 * (64 * order[i] + 9)
+    path.write_bytes(sound[:offset] + b"\xff\xff" + sound[offset + 2 :])
+    command = ["train_gpt2.py", *flags, "--max_steps=12", "--checkpoint_every=0", f"--train_data={path}"]
+    command += [f"--micro_batch_size={4 // ranks}", "--resume=auto"]
+    code, _, err = run(*command, "--run_dir=run", ranks=ranks)
+    assert code == (2 if ranks == 1 else 1), err  # torchrun's exit code is always 1
+    assert f"{path}: token id 65535" in err and f"stopped by an error after step {step}" in err, err
+    assert 'train_gpt2.py", line' not in err, err  # torchrun adds a traceback of its own
+    assert list(checkpoints(tmp_path / "run")) == [step] and steps_logged(tmp_path / "run") == step
+    path.write_bytes(sound)
+    for name in ("run", "undamaged"):
+        code, _, err = run(*command, f"--run_dir={name}", ranks=ranks)
+        assert code == 0, err
+    assert_same_run(tmp_path / "run", tmp_path / "undamaged")
 
 
 def test_nan_in_a_gradient_costs_a_step(flags, tmp_path):

@@ -56,6 +56,7 @@ MISTAKES = [
     ("train --attention flash", "--attention should be one of softmax, entmax, not 'flash'"),
     ("train --alpha 0.9", "--alpha should be from 1 to 2, not 0.9"),
     ("train --alpha 3", "--alpha should be from 1 to 2, not 3.0"),
+    ("train --alpha_start 0", "--alpha_start should be from 1 to 2, not 0.0"),
     (
         "train --model gpt2-small",
         "--model should be one of tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, not 'gpt2-small'",
@@ -82,6 +83,11 @@ MISTAKES = [
     (
         "train --config {root}/configs/tiny.toml --warmup_steps 30 --max_steps 20",
         "warmup_steps 30 is longer than the run, max_steps 20: lower --warmup_steps too, say to 2",
+    ),
+    (
+        "train --alpha_steps 20",
+        "alpha_steps 20 is longer than the run, max_steps 8: it would not come to alpha 1.5; lower --alpha_steps too, "
+        "say to 7",
     ),
     (
         "train --batch_size 10",

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cli import UserError
@@ -45,6 +46,43 @@ def test_logits_equal_hugging_face(hf_folder):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
         loss = ours(tokens[:, :-1], tokens[:, 1:]).mean()
         torch.testing.assert_close(loss, hf(tokens, labels=tokens).loss, rtol=1e-5, atol=1e-5)
+
+
+def test_alpha_changes_as_if_built_with_it():
+    """In a compiled model too, which compiles for 1, for all in between, and for 1.5."""
+    counter = CompileCounterWithBackend("aot_eager")
+    changing = peaked(new_model("entmax", 1.5))
+    compiled = torch.compile(changing, dynamic=False, fullgraph=True, backend=counter)
+    tokens = torch.randint(257, (2, 41), generator=torch.Generator().manual_seed(2))
+    losses = []
+    for alpha in (1.0, 1.05, 1.2, 1.4, 1.5, 1.5):
+        changing.set_alpha(alpha)
+        loss = compiled(tokens[:, :-1], tokens[:, 1:]).mean()
+        loss.backward()
+        expected = peaked(new_model("entmax", alpha))(tokens[:, :-1], tokens[:, 1:]).mean()
+        torch.testing.assert_close(loss, expected)
+        losses.append(loss.item())
+    assert len({round(loss, 5) for loss in losses}) == 5 and counter.frame_count == 3
+    assert losses[0] == pytest.approx(peaked(new_model())(tokens[:, :-1], tokens[:, 1:]).mean().item())
+
+
+def peaked(model):
+    """A model that attends to few tokens, so that alpha matters."""
+    with torch.no_grad():
+        for block in model.h:
+            block.attn.c_attn.weight *= 30
+    return model
+
+
+def test_queries_and_keys_scaled_at_the_start():
+    plain, scaled = new_model(), GPT(GPTConfig(**TINY))
+    scaled.init_weights(torch.Generator().manual_seed(0), 0.5)
+    C = TINY["n_embd"]
+    for name, parameter in plain.named_parameters():
+        expected = parameter.detach().clone()
+        if "c_attn.weight" in name:
+            expected[: 2 * C] *= 0.5
+        assert torch.equal(dict(scaled.named_parameters())[name], expected), name
 
 
 def test_weights_go_out_and_back_bit_for_bit(hf_folder, tmp_path):

@@ -17,7 +17,7 @@ from conftest import ROOT, read_log
 import cli
 from checkpoint import checkpoints
 from data.shards import write_shard
-from train_gpt2 import Config, learning_rate, main, make_optimizer, parse_config
+from train_gpt2 import Config, entmax_alpha, learning_rate, main, make_optimizer, parse_config
 
 
 def losses(run_dir, key="train_loss"):
@@ -39,16 +39,23 @@ def test_the_default_run_learns(run, tmp_path):
     print(f"{seconds:.0f} s of training steps")
 
 
+ATTENTIONS = {
+    "softmax": ["--attention=softmax"],
+    "entmax": ["--attention=entmax"],
+    "annealed": ["--attention=entmax", "--alpha_start=1", "--alpha_steps=7", "--qk_init_scale=0.5"],
+}
+
+
 @pytest.fixture(scope="module")
 def whole_runs(flags, tmp_path_factory):
-    """A run of each attention that nothing interrupts, one thread, in a process of its own."""
+    """A run of each kind that nothing interrupts, one thread, in a process of its own."""
     import os
     import subprocess
     import sys
 
     folder = tmp_path_factory.mktemp("whole")
-    for attention in ("softmax", "entmax"):
-        command = [sys.executable, str(ROOT / "train_gpt2.py"), *flags, f"--attention={attention}"]
+    for attention, its_flags in ATTENTIONS.items():
+        command = [sys.executable, str(ROOT / "train_gpt2.py"), *flags, *its_flags]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run([*command, f"--run_dir={folder / attention}"], check=True, capture_output=True, env=environment)
     return folder
@@ -121,9 +128,9 @@ def wait_for_step(run_dir, step, process):
     pytest.fail(f"no step {step}: {process.communicate()[1].decode()}")
 
 
-@pytest.mark.parametrize("attention, kills", [("softmax", [5]), ("entmax", [1, 4, 7])])
+@pytest.mark.parametrize("attention, kills", [("softmax", [5]), ("entmax", [1, 4, 7]), ("annealed", [3])])
 def test_killed_and_resumed_is_as_if_never_killed(whole_runs, start, run, flags, tmp_path, attention, kills):
-    command = ["train_gpt2.py", *flags, f"--attention={attention}", "--run_dir=killed", "--resume=auto"]
+    command = ["train_gpt2.py", *flags, *ATTENTIONS[attention], "--run_dir=killed", "--resume=auto"]
     for step in kills:
         process = start(*command)
         wait_for_step(tmp_path / "killed", step, process)
@@ -314,6 +321,17 @@ def test_schedule():
     assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
     flat = parse_config(["--learning_rate=1", "--warmup_steps=0", "--max_steps=2", "--final_lr_fraction=1"])
     assert [learning_rate(flat, step) for step in (1, 2)] == [1, 1]
+
+
+def test_alpha_goes_in_a_straight_line_and_stays(whole_runs):
+    records = [r for r in read_log(whole_runs / "annealed") if "train_loss" in r]
+    assert [r["alpha"] for r in records] == pytest.approx([1 + 0.5 * step / 7 for step in range(8)])
+    # a checkpoint on the way answers with the alpha of its step
+    states = [torch.load(path, weights_only=True) for path in checkpoints(whole_runs / "annealed").values()]
+    assert {s["step"]: s["gpt_config"]["alpha"] for s in states} == pytest.approx({6: 1 + 3 / 7, 8: 1.5})
+    config = parse_config(["--alpha_start=1.1", "--alpha_steps=200"])
+    assert [entmax_alpha(config, step) for step in (0, 50, 200, 300)] == pytest.approx([1.1, 1.2, 1.5, 1.5])
+    assert entmax_alpha(parse_config([]), 0) == 1.5
 
 
 def test_the_papers_recipe():
