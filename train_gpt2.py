@@ -29,6 +29,7 @@ from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -513,6 +514,21 @@ def open_run(config, resumed, run_dir, step, evaluated):
     return log
 
 
+def save_evaluation(run_dir, **arrays):
+    """Write evaluation.npz: the last evaluation by sequence and by example, which compare.py pairs with another run's.
+
+    step; sequence_length; val_data, a fingerprint of the shards; val_losses (windows,) float64, nats a token;
+    hellaswag, a fingerprint of the examples, or ""; hellaswag_right (examples,) bool, by acc_norm.
+    """
+    path = run_dir / "evaluation.npz"
+    temporary = path.with_suffix(".tmp.npz")  # NumPy appends .npz to all other names
+    try:
+        np.savez(temporary, **arrays)
+        temporary.replace(path)
+    except OSError as error:
+        notice(f"{path}: cannot be written ({error.strerror}): compare.py will compute it from the checkpoint")
+
+
 # -----------------------------------------------------------------------------
 # the pieces of a step
 
@@ -635,7 +651,7 @@ def validate(model, stream, windows, micro_batch_size, machine, quiet=True):
 
 @torch.no_grad()
 def answer_hellaswag(model, questions, micro_batch_tokens, machine, quiet=True):
-    """The accuracies (acc_norm, acc) of a model on the examples of a HellaSwag, the same whatever the ranks.
+    """Which examples of a HellaSwag a model answers right, the same whatever the ranks: see HellaSwag.right().
 
     None when asked to stop.
     """
@@ -654,7 +670,7 @@ def answer_hellaswag(model, questions, micro_batch_tokens, machine, quiet=True):
             losses.index_add_(0, of_row, token_losses.to(wide))
         progress.update(len(rows))
     progress.close()
-    return questions.accuracy(machine.sum(losses).cpu().double())
+    return questions.right(machine.sum(losses).cpu().double())
 
 
 def print_sample(model, config, machine, tokenizer, step):
@@ -798,21 +814,25 @@ def train(config, stop):
                 result = validate(compiled, val_stream, val_windows, config.micro_batch_size, machine)
                 if result is None:
                     return leave(step, evaluated=False)
-                val_loss, _ = result
+                val_loss, val_losses = result
                 val_ms = 1e3 * (time.perf_counter() - began)
                 log.write(step, val_loss=val_loss, val_tokens=val_windows * T, val_ms=val_ms)
                 if rank == 0:
                     tqdm.write(f"step {step} | validation loss {val_loss:.4f} nats a token", file=sys.stdout)
                     sys.stdout.flush()
             if questions and (last_step or due(step, config.hellaswag_every)):
-                result = answer_hellaswag(model, questions, config.micro_batch_size * T, machine)
-                if result is None:
+                right = answer_hellaswag(model, questions, config.micro_batch_size * T, machine)
+                if right is None:
                     return leave(step, evaluated=False)
-                acc_norm, acc = result
+                acc_norm, acc = (x.double().mean().item() for x in right)
                 log.write(step, hellaswag_acc_norm=acc_norm, hellaswag_acc=acc)
                 if rank == 0:
                     tqdm.write(f"step {step} | HellaSwag acc_norm {acc_norm:.4f}, acc {acc:.4f}", file=sys.stdout)
                     sys.stdout.flush()
+            if last_step and rank == 0:
+                kept = {"step": step, "sequence_length": T, "val_data": fingerprints["val_data"]}
+                kept |= {"val_losses": val_losses.cpu(), "hellaswag": questions.fingerprint if questions else ""}
+                save_evaluation(run_dir, **kept, hellaswag_right=right[0] if questions else [])
             if tokenizer and (last_step or due(step, config.sample_every)):
                 print_sample(model, config, machine, tokenizer, step)
             if last_step or step > 0 and due(step, config.checkpoint_every):

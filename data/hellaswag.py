@@ -8,6 +8,7 @@ import http.client
 import json
 import urllib.request
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,7 @@ class HellaSwag:
 
     def __init__(self, path, tokenizer, n_positions):
         """A row longer than n_positions loses the start of its context."""
+        self.fingerprint = sha256(Path(path).read_bytes()).hexdigest()[:16]
         self.rows, self.ending_tokens, self.labels = [], [], []  # of the endings: how many of their tokens count
         for context, endings, label in read_examples(path):
             self.labels.append(label)
@@ -114,8 +116,11 @@ class HellaSwag:
             padded = torch.from_numpy(padded)
             yield torch.tensor(taken), padded[:, :-1], padded[:, 1:], torch.from_numpy(in_ending)
 
-    def accuracy(self, losses):
-        """(acc_norm, acc) by the summed loss of the ending of every row, a (rows,) float64 tensor."""
+    def right(self, losses):
+        """Which examples are answered right, by the mean loss (acc_norm) and by the sum (acc): two (examples,) bool.
+
+        losses: the summed loss of the ending of every row, (rows,) float64.
+        """
         sums, labels = losses.view(-1, 4), torch.tensor(self.labels)
         means = sums / torch.tensor(self.ending_tokens).view(-1, 4)
-        return tuple((choice.argmin(dim=1) == labels).double().mean().item() for choice in (means, sums))
+        return means.argmin(dim=1) == labels, sums.argmin(dim=1) == labels

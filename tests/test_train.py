@@ -15,8 +15,8 @@ import torch
 from conftest import ROOT, read_log
 
 import cli
-from checkpoint import checkpoints
-from data.shards import write_shard
+from checkpoint import checkpoints, load_model
+from data.shards import TokenStream, find_shards, write_shard
 from train_gpt2 import Config, entmax_alpha, learning_rate, main, make_optimizer, parse_config
 
 
@@ -86,6 +86,22 @@ def test_log_holds_what_the_contract_says(whole_runs):
         assert all(r["val_tokens"] == 1024 and r["val_ms"] > 0 for r in validation)
         assert list(checkpoints(whole_runs / attention)) == [6, 8]  # the last two
         assert validation[-1]["val_loss"] < validation[0]["val_loss"]
+
+
+def test_the_last_evaluation_is_kept_by_sequence(whole_runs, shards):
+    for attention in ("softmax", "entmax"):
+        kept = np.load(whole_runs / attention / "evaluation.npz", allow_pickle=False)
+        assert kept["step"] == 8 and kept["sequence_length"] == 64 and kept["val_losses"].shape == (16,)
+        assert kept["val_losses"].mean() == pytest.approx(losses(whole_runs / attention, "val_loss")[-1], rel=1e-12)
+        assert kept["hellaswag"] == "" and kept["hellaswag_right"].shape == (0,)
+        assert kept["val_data"] == TokenStream(find_shards(str(shards), "val", "val_data"), 64, 257).fingerprint()
+        model = load_model(torch.load(whole_runs / attention / "checkpoint_8", weights_only=True))
+        stream = TokenStream(sorted(shards.glob("*_val_*")), 64, 257)
+        for w in (0, 7, 15):
+            tokens = torch.from_numpy(stream.batch([w]))
+            with torch.no_grad():
+                loss = model(tokens[:, :-1], tokens[:, 1:]).mean().item()
+            assert kept["val_losses"][w] == pytest.approx(loss, rel=1e-5)
 
 
 def test_config_toml_runs_the_same_again(whole_runs, run, tmp_path):
