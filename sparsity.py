@@ -46,6 +46,25 @@ def watching(model, look):
 
 
 @torch.no_grad()
+def supports(q, k, alpha):
+    """q, k (B, H, T, D) -> the support of each row, (B H, T) int64 keys, and which tiles have any, (B H, n, n) bool."""
+    if q.is_cuda and q.dtype == torch.float32:
+        q, k = q.double(), k.double()  # in float32 TF32 would round the scores, which the kernels do not
+    (B, H, T, D), n = q.shape, -(-q.shape[2] // TILE)
+    sizes = torch.zeros(B * H, T, dtype=torch.int64, device=q.device)
+    busy = torch.zeros(B * H, n, n, dtype=torch.bool, device=q.device)
+    for heads, queries, p in attention_weights(q, k, alpha, D**-0.5):
+        support = p > 0
+        sizes[heads, queries] = support.sum(-1)
+        # the queries may start and end inside a tile: fill it up
+        edges = (0, -p.shape[2] % TILE, queries.start % TILE, -queries.stop % TILE)
+        tiles = F.pad(support, edges).unflatten(2, (-1, TILE)).any(3).unflatten(1, (-1, TILE)).any(2)
+        first = queries.start // TILE
+        busy[heads, first : first + tiles.shape[1], : tiles.shape[2]] |= tiles
+    return sizes, busy
+
+
+@torch.no_grad()
 def measure(model, stream, windows, machine, quiet=True):
     """Count the attention weights of an entmax GPT on a stream's first windows, the same whatever the ranks.
 
@@ -59,19 +78,9 @@ def measure(model, stream, windows, machine, quiet=True):
     busy = torch.zeros(n_layer, n_head, dtype=torch.int64)  # how many tiles are not empty
 
     def count(layer, q, k):
-        if q.is_cuda and q.dtype == torch.float32:
-            q, k = q.double(), k.double()  # in float32 TF32 would round the scores, which the kernels do not
-        seen = torch.zeros(n_head, n_tiles, n_tiles, dtype=torch.bool, device=q.device)
-        for heads, queries, p in attention_weights(q, k, model.config.alpha, q.shape[3] ** -0.5):
-            support = p > 0
-            sizes = support.sum(-1).cpu()
-            rows[layer, heads].scatter_add_(1, sizes, torch.ones_like(sizes))
-            # the queries may start and end inside a tile: fill it up
-            edges = (0, -p.shape[2] % TILE, queries.start % TILE, -queries.stop % TILE)
-            tiles = F.pad(support, edges).unflatten(2, (-1, TILE)).any(3).unflatten(1, (-1, TILE)).any(2)
-            first = queries.start // TILE
-            seen[heads, first : first + tiles.shape[1], : tiles.shape[2]] |= tiles
-        busy[layer] += seen.sum((1, 2)).cpu()
+        sizes, tiles = (x.cpu() for x in supports(q, k, model.config.alpha))
+        rows[layer].scatter_add_(1, sizes, torch.ones_like(sizes))
+        busy[layer] += tiles.sum((1, 2))
 
     progress = Progress(windows, "sequences", "sparsity", quiet=quiet or machine.rank > 0)
     with watching(model, count):

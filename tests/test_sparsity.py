@@ -30,9 +30,8 @@ def sharpen(weights, n_layer, n_embd):
     walk = torch.randn(weights["wpe.weight"].shape, generator=generator).cumsum(0)
     weights["wpe.weight"].copy_(walk / 10)
     for i in range(n_layer):
-        weights[f"h.{i}.attn.c_attn.weight"][: 2 * n_embd] *= (
-            100 / n_embd**0.5
-        )  # their standard deviation was 0.02 * n_embd**0.5
+        # their standard deviation was 0.02 * n_embd**0.5
+        weights[f"h.{i}.attn.c_attn.weight"][: 2 * n_embd] *= 100 / n_embd**0.5
 
 
 def sharp_model(alpha, T, n_layer=2, n_head=3):
