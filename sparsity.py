@@ -173,7 +173,7 @@ def draw_heads(measured, alpha, path):
     for axes, name in zip(figure.subplots(1, 3), panels, strict=True):
         title, unit, factor, _ = COLUMNS[name]
         values = factor * np.array(measured["heads"][name])
-        image = axes.imshow(values, vmin=0, vmax=max(values.max(), 1e-9), aspect="auto")
+        image = axes.imshow(values, vmin=0, vmax=max(values.max(), 1), aspect="auto")
         figure.colorbar(image, ax=axes, label=unit)
         n_layer, n_head = values.shape
         axes.set(title=title, xlabel="head", ylabel="layer")
