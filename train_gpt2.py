@@ -794,9 +794,10 @@ def train(config, stop):
     run_model = DistributedDataParallel(compiled, gradient_as_bucket_view=True) if world_size > 1 else compiled
 
     log = open_run(config, resumed, run_dir, start, evaluated) if rank == 0 else NoLog()
-    log.write(start, event="resume" if resumed else "start", **machine_record(machine))
-    tokenizer = sampling_tokenizer(config) if rank == 0 else None
     parameters, width = sum(p.numel() for p in model.parameters()), model.config.n_layer * model.config.n_embd
+    event = "resume" if resumed else "start"
+    log.write(start, event=event, parameters=parameters, **fingerprints, **machine_record(machine))
+    tokenizer = sampling_tokenizer(config) if rank == 0 else None
     flops_per_token, peak = 6 * parameters + 12 * width * T, peak_flops(device)  # as in the PaLM paper, appendix B
     batches = training_batches(
         train_stream, config.seed, start * config.batch_size, config.micro_batch_size, device, rank, world_size
