@@ -755,7 +755,7 @@ def train(config, stop):
         del state
     writer = checkpoint.Writer(run_dir, config.keep_checkpoints)
 
-    def save(step, evaluated=True):
+    def save(step, evaluated=True, leaving=False):
         if rank == 0:
             began = time.perf_counter()
             tensors = [*model.parameters(), *(x for moments in optimizer.state.values() for x in moments.values())]
@@ -778,13 +778,14 @@ def train(config, stop):
             }
             writer.wait()
             state = checkpoint.copied(state)
-            log.write(step, event="checkpoint", training_waited_ms=1e3 * (time.perf_counter() - began))
+            if not leaving:  # or the log would differ from that of a run never stopped
+                log.write(step, event="checkpoint", training_waited_ms=1e3 * (time.perf_counter() - began))
             writer.write(state)
 
     def leave(step, evaluated, reason=None):
         if rank == 0:
             if writer.newest != step:
-                save(step, evaluated)
+                save(step, evaluated, leaving=True)
             writer.finish()
             reason = reason or stop.name or "a signal to another process"
             notice(f"stopped by {reason} after step {step}: --run_dir {run_dir} --resume auto goes on")

@@ -89,7 +89,6 @@ def check(q, k, v, dout, alpha, scale=None):
         assert error(x, y, floor) <= limit, f"{name}: {error(x, y, floor):.2e} > {limit:.2e}"
 
 
-
 def normal_inputs(B, H, R, T, D, seed=0, dtype=torch.float32, device="cpu", spread=1.0):
     """Gaussian q, k, v, dout; spread times as peaked as a fresh model's."""
     g = torch.Generator().manual_seed(seed)
@@ -244,6 +243,35 @@ def test_kernels_in_the_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="compiles for GPUs")
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+def test_tiles_fit_other_gpus(dtype):
+    """Compiled, without such a GPU, for one of 100 KB of shared memory a program: Ada, and Ampere's smaller ones."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    from adasplash_kernels import kernels
+
+    types = dict.fromkeys(("p_top", "p_tau", "p_delta"), "*fp32")
+    types |= {"p_list": "*i16", "p_count": "*i32", "p_map": "*i8", "scale": "fp32"}
+    of_tensors = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
+    _, *options = kernels._options(torch.empty(1, 1, 1024, 128, dtype=dtype), 2)
+    launched = (kernels._forward, kernels._query_gradient, kernels._key_value_gradient)
+    for kernel, chosen in zip(launched, options, strict=True):
+        constants, divisible = chosen | {"TOLERANCE": 0.06, "p_alpha": None}, {}
+        signature = {}
+        for i, name in enumerate(kernel.arg_names):
+            if name.startswith(("p_", "s_")):
+                divisible[i,] = [["tt.divisibility", 16]]  # lets tiles be copied asynchronously, into shared memory
+            constant = kernel.params[i].is_constexpr or name == "p_alpha"
+            signature[name] = "constexpr" if constant else types.get(name, of_tensors if name[:2] == "p_" else "i32")
+        constants = {(i,): constants[name] for i, name in enumerate(kernel.arg_names) if signature[name] == "constexpr"}
+        source = triton.compiler.ASTSource(kernel, signature, constants, divisible)
+        launch = {name: chosen[name] for name in ("num_warps", "num_stages", "maxnreg") if name in chosen}
+        compiled = triton.compile(source, target=GPUTarget("cuda", 89, 32), options=launch)
+        assert 0 < compiled.metadata.shared <= 99 * 1024, kernel.__name__
 
 
 # -----------------------------------------------------------------------------

@@ -59,6 +59,9 @@ def undisturbed(flags, tmp_path_factory):
 
 def assert_same_run(run_dir, expected):
     assert read_log(run_dir) == read_log(expected)
+    logs = ((d / "log.jsonl").read_text() for d in (run_dir, expected))
+    saves = [re.findall(r'"step": (\d+), "event": "checkpoint"', log) for log in logs]
+    assert saves[0] == saves[1]
     steps = [r["step"] for r in read_log(run_dir) if "train_loss" in r]
     assert steps == list(range(1, len(steps) + 1))
     last = max(checkpoints(expected))
