@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import cli
 from data.shards import write_shard
 
 torch.set_num_threads(1)  # the tests share the cores: see pytest -n
@@ -68,6 +69,17 @@ def run(start):
         return process.returncode, out.decode(), err.decode()
 
     return finish
+
+
+def call(main, capsys, *args):
+    """A program's main() in this process: exit code, stdout, stderr."""
+    capsys.readouterr()
+    try:
+        cli.run(lambda: main([str(arg) for arg in args]))
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
 
 
 def read_log(run_dir):

@@ -8,25 +8,14 @@ import shutil
 
 import pytest
 import torch
-from conftest import read_log
+from conftest import call, read_log
 from transformers import GPT2LMHeadModel
 
-import cli
 import evaluate
 import export_hf
 import sample
 from data.shards import TokenStream
 from train_gpt2 import main as train
-
-
-def call(main, capsys, *args):
-    """A program's main() in this process: exit code, stdout, stderr."""
-    try:
-        cli.run(lambda: main([str(arg) for arg in args]))
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import math
 import shutil
 import statistics
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -80,13 +81,7 @@ def no_figure(monkeypatch):
 
 
 def call(capsys, *args):
-    """compare.py in this process: exit code, stdout, stderr."""
-    try:
-        cli.run(lambda: compare.main([*map(str, args), "--device=cpu"]))
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
+    return conftest.call(compare.main, capsys, *args, "--device=cpu")
 
 
 def table(capsys, *args):

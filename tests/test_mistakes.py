@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 
+import conftest
 import huggingface_hub
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
-import cli
 import evaluate
 import export_hf
 import sample
@@ -238,14 +238,7 @@ def call(flags, tmp_path, monkeypatch, capsys):
     """Run a program in this process, in an empty folder: exit code, stdout, stderr."""
 
     def main(program, *args):
-        args = [*(flags if program == "train" else ()), *args]
-        capsys.readouterr()
-        try:
-            cli.run(lambda: PROGRAMS[program]([str(arg) for arg in args]))
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        return conftest.call(PROGRAMS[program], capsys, *(flags if program == "train" else ()), *args)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", None)  # as with nothing piped in

@@ -4,13 +4,13 @@ import json
 import math
 import warnings
 
+import conftest
 import entmax
 import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
 
-import cli
 import evaluate
 import sparsity
 from adasplash_kernels.reference import attention_weights
@@ -166,13 +166,7 @@ def test_the_sparsest_head():
 
 
 def call(capsys, *args):
-    """evaluate.py's main() in this process: exit code, stdout, stderr."""
-    try:
-        cli.run(lambda: evaluate.main([str(arg) for arg in args]))
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
+    return conftest.call(evaluate.main, capsys, *args)
 
 
 @pytest.fixture(scope="module")

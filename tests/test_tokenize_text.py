@@ -13,12 +13,12 @@ import subprocess
 import sys
 import time
 
+import conftest
 import numpy as np
 import pytest
 import zstandard
 from conftest import ROOT
 
-import cli
 from cli import UserError
 from data import tokenize_text
 from data.shards import open_shard
@@ -29,12 +29,7 @@ COMMAND = [sys.executable, "-m", "data.tokenize_text"]
 
 def call(capsys, *args):
     """The command in this process, with bytes as tokens: exit code and stderr."""
-    try:
-        cli.run(lambda: tokenize_text.main(["--tokenizer=bytes", *map(str, args)]))
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    return code, capsys.readouterr().err
+    return conftest.call(tokenize_text.main, capsys, "--tokenizer=bytes", *args)[::2]
 
 
 def start(*args, **kwargs):

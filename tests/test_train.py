@@ -9,12 +9,12 @@ import signal
 import time
 import tomllib
 
+import conftest
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, read_log
 
-import cli
 from checkpoint import checkpoints, load_model
 from data.shards import TokenStream, find_shards, write_shard
 from train_gpt2 import Config, entmax_alpha, learning_rate, main, make_optimizer, parse_config
@@ -201,12 +201,7 @@ def test_resume_from_a_named_checkpoint_forks_the_run(whole_runs, run, flags, tm
 
 def call(capsys, *flags):
     """main() in this process: exit code and stderr."""
-    try:
-        cli.run(lambda: main([str(flag) for flag in flags]))
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    return code, capsys.readouterr().err
+    return conftest.call(main, capsys, *flags)[::2]
 
 
 def assert_one_line(code, err, *words):
