@@ -104,6 +104,12 @@ def notice(message):
     tqdm.write(message, file=sys.stderr)
 
 
+def say(message):
+    """A result on stdout at once, above a progress bar if there is one."""
+    tqdm.write(message, file=sys.stdout)
+    sys.stdout.flush()
+
+
 class Progress:
     """A bar with rate and ETA when stderr is a terminal, elsewhere a plain line at most every ten seconds."""
 

@@ -35,16 +35,19 @@ from train_gpt2 import (
     validation_windows,
 )
 
+SPARSITY_HELP = f"count and draw the zeros of entmax, by layer and head, on {sparsity.SEQUENCES} validation sequences"
+
 
 def parse_flags(argv):
     """The arguments, and as a dictionary those fields of Config that they set."""
-    parser = Parser(description=__doc__)
+    epilog = "A run and a checkpoint have fields of their own, which flags override; --init_from has the paper's."
+    parser = Parser(description=__doc__, epilog=epilog)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run_dir", metavar="RUN", help="take the newest sound checkpoint of a run")
     source.add_argument("--checkpoint", metavar="PATH", help="take this checkpoint")
     source.add_argument("--init_from", metavar="NAME", help="take a Hugging Face GPT-2: a folder or a hub name")
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of text")
-    parser.add_argument("--sparsity", action="store_true", help="count and draw the zeros of entmax, by layer and head")
+    parser.add_argument("--sparsity", action="store_true", help=SPARSITY_HELP)
     parser.add_argument("--out", metavar="PNG", help="with --sparsity: the picture of the heads [sparsity.png]")
     parser.add_argument("--prompt", metavar="TEXT", help="with --sparsity: draw a head's weights on it, in OUT_map.png")
     parser.add_argument("--head", metavar="LAYER,HEAD", help="with --prompt: which head, from 0,0 [the sparsest]")
@@ -132,7 +135,7 @@ def main(argv=None):
         machine.from_rank_0(python_stdlib.make_shards)
     stream = TokenStream(find_shards(settings["val_data"], "val", "val_data"), T, vocab_size, settings["shard_format"])
     questions = None
-    if "hellaswag" in given:
+    if given.get("hellaswag"):
         path = machine.from_rank_0(lambda: hellaswag.find(given["hellaswag"]))
         questions = HellaSwag(path, load_tokenizer(settings["tokenizer"]), model.config.n_positions)
     windows = validation_windows(stream, settings["val_tokens"], quiet=machine.rank > 0)

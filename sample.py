@@ -68,6 +68,8 @@ def main(argv=None):
     for name in ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p"):
         if not getattr(args, name) >= 0:
             raise UserError(f"--{name} should be at least 0, not {getattr(args, name)}")
+    if args.top_p > 1:
+        raise UserError(f"--top_p should be from 0 to 1, a share of the probability, not {args.top_p}")
     for name in ("top_k", "seed"):
         if not -(2**63) <= getattr(args, name) < 2**63:
             raise UserError(f"--{name} should be a number of at most 64 bits, not {getattr(args, name)}")

@@ -34,11 +34,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import checkpoint
 import cli
-from cli import Failure, Parser, Progress, UserError, nearest, notice
+from cli import Failure, Parser, Progress, UserError, nearest, notice, say
 from data import hellaswag, python_stdlib
 from data.hellaswag import HellaSwag
 from data.shards import SHARD_FORMATS, TokenStream, find_shards, training_batches
@@ -60,7 +59,7 @@ def option(default, help, choices=None, least=0, most=sys.float_info.max):
 
 @dataclass(frozen=True)
 class Config:
-    """A run. Every field is a flag and a key of the TOML files; the defaults are the paper's recipe."""
+    """A run. Every field is a flag and a key of the TOML files; what neither sets is as in the paper's recipe."""
 
     attention: str = option("entmax", "the causal attention", choices=("softmax", "entmax"))
     alpha: float = option(1.5, "of entmax: 1 is softmax, 2 is sparsemax, between them sparse", least=1, most=2)
@@ -168,7 +167,10 @@ def parse_config(argv=None):
     first = Parser(add_help=False)
     first.add_argument("--config", default=str(DEFAULT_CONFIG), metavar="FILE")
     from_file = asdict(Config()) | read_toml(first.parse_known_args(argv)[0].config)
-    epilog = "In brackets: the value without the flag, from the --config file (configs/tiny.toml when none is given)."
+    epilog = (
+        "In brackets: the value without the flag, from the --config file (configs/tiny.toml when none is given) or, "
+        "where that does not say, the paper's recipe for GPT-2 124M."
+    )
     parser = Parser(description=__doc__, epilog=epilog, parents=[first])
     add_fields(parser, Config.__dataclass_fields__, defaults=from_file)
     flags = {k: v for k, v in vars(parser.parse_args(argv)).items() if k != "config" and v is not None}
@@ -181,6 +183,10 @@ def parse_config(argv=None):
             f"warmup_steps {config.warmup_steps} is longer than the run, max_steps {config.max_steps}: lower "
             f"--warmup_steps too, say to {config.max_steps // 10}"
         )
+    if "alpha_start" in flags and not config.alpha_steps:
+        raise UserError("--alpha_start has no effect without --alpha_steps, the steps that alpha takes to its end")
+    if config.init_from and config.qk_init_scale != 1:
+        raise UserError("qk_init_scale is for new weights, those of init_from are taken as they are: leave one out")
     if config.attention == "entmax" and config.alpha_steps > config.max_steps > 0:
         raise UserError(
             f"alpha_steps {config.alpha_steps} is longer than the run, max_steps {config.max_steps}: it would not come "
@@ -231,6 +237,11 @@ class Machine:
     autocast: bool = False  # bfloat16 activations; the weights stay float32
     stop: Stop | None = None  # what may ask this process to stop
     control: object = None  # the process group that talks by way of the CPU, if that is not the default one
+
+    def zeros(self, n):
+        """(n,) zeros on the device to sum losses in: float64, where the device has that."""
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        return torch.zeros(n, dtype=dtype, device=self.device)
 
     def sum(self, tensor):
         """The sum of a tensor over all ranks, in place."""
@@ -445,7 +456,10 @@ def choose_checkpoint(config):
     if config.resume == "auto":
         if not config.run_dir:
             raise UserError("--resume auto needs --run_dir, the folder of the run to go on with")
-        return checkpoint.newest_sound(config.run_dir)
+        newest = checkpoint.newest_sound(config.run_dir)
+        if newest is None:
+            notice(f"--run_dir {config.run_dir} holds no checkpoint to go on from: starting at step 0")
+        return newest
     if os.path.isdir(config.resume):
         raise UserError(f"--resume {config.resume} is a folder: use --run_dir {config.resume} --resume auto")
     if not os.path.isfile(config.resume):
@@ -462,7 +476,10 @@ def choose_run_dir(config, resumed):
     holds_a_run = holds_a_run or checkpoint.checkpoints(run_dir)
     goes_on = config.resume == "auto" or resumed and resumed.parent.resolve() == run_dir.resolve()
     if holds_a_run and not goes_on:
-        raise UserError(f"--run_dir {run_dir} holds a run: --resume auto goes on with it, or name another folder")
+        raise UserError(
+            f"--run_dir {run_dir} holds a run: --config {run_dir}/config.toml --resume auto goes on with it, or name "
+            "another folder"
+        )
     return run_dir
 
 
@@ -626,10 +643,9 @@ def validation_windows(stream, tokens, quiet):
 def validate(model, stream, windows, micro_batch_size, machine, quiet=True):
     """The mean loss in nats a token of a stream's first windows, the same whatever the micro-batches and ranks.
 
-    Returns (mean, the losses of the windows as a (windows,) float64 tensor on every rank), None when asked to stop.
+    Returns (mean, the losses of the windows, a (windows,) float64 CPU tensor) on every rank, None when asked to stop.
     """
-    wide = torch.float32 if machine.device.type == "mps" else torch.float64  # mps has no float64
-    losses = torch.zeros(windows, dtype=wide, device=machine.device)
+    losses = machine.zeros(windows)
     progress = Progress(windows, "sequences", "validating", quiet=quiet or machine.rank > 0)
     for start in range(0, windows, machine.world_size * micro_batch_size):
         if machine.stopping():
@@ -642,10 +658,10 @@ def validate(model, stream, windows, micro_batch_size, machine, quiet=True):
             batch = batch.to(machine.device)
             with machine.precision():
                 token_losses = model(batch[:, :-1], batch[:, 1:])
-            losses[first:last] = token_losses.to(wide).mean(dim=1)[: last - first]
+            losses[first:last] = token_losses.to(losses.dtype).mean(dim=1)[: last - first]
         progress.update(min(machine.world_size * micro_batch_size, windows - start))
     progress.close()
-    losses = machine.sum(losses).double() if wide is torch.float64 else losses.cpu().double()
+    losses = machine.sum(losses).cpu().double()
     return losses.mean().item(), losses
 
 
@@ -655,8 +671,7 @@ def answer_hellaswag(model, questions, micro_batch_tokens, machine, quiet=True):
 
     None when asked to stop.
     """
-    wide = torch.float32 if machine.device.type == "mps" else torch.float64  # mps has no float64
-    losses = torch.zeros(len(questions.rows), dtype=wide, device=machine.device)
+    losses = machine.zeros(len(questions.rows))
     progress = Progress(len(questions.rows), "endings", "HellaSwag", quiet=quiet or machine.rank > 0)
     for i, (rows, *batch) in enumerate(questions.batches(micro_batch_tokens)):
         if machine.stopping():
@@ -667,7 +682,7 @@ def answer_hellaswag(model, questions, micro_batch_tokens, machine, quiet=True):
                 logits = model.logits(model.hidden(inputs)[in_ending])
             token_losses = F.cross_entropy(logits.float(), targets[in_ending], reduction="none")
             of_row = rows.to(machine.device)[in_ending.nonzero()[:, 0]]
-            losses.index_add_(0, of_row, token_losses.to(wide))
+            losses.index_add_(0, of_row, token_losses.to(losses.dtype))
         progress.update(len(rows))
     progress.close()
     return questions.right(machine.sum(losses).cpu().double())
@@ -678,8 +693,9 @@ def print_sample(model, config, machine, tokenizer, step):
     generator = torch.Generator().manual_seed(config.seed + step)
     with machine.precision():
         tokens = list(model.generate([END_OF_TEXT[config.tokenizer]], 200, temperature=0.8, generator=generator))
-    tqdm.write(f"--- a sample after {step} steps ---\n{decode(tokenizer, tokens)}\n---", file=sys.stdout)
-    sys.stdout.flush()
+    # an untrained model writes what would switch a terminal's colours, and worse
+    text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in decode(tokenizer, tokens))
+    say(f"--- a sample after {step} steps ---\n{text}\n---")
 
 
 # -----------------------------------------------------------------------------
@@ -724,8 +740,8 @@ def train(config, stop):
         state = checkpoint.load(resumed)
         with checkpoint.reading(resumed):
             check_resumable(config, state, fingerprints)
-        start = state["step"]
-        if start >= config.max_steps:
+            start, evaluated = state["step"], bool(state["evaluated"])
+        if start >= config.max_steps and evaluated:
             if rank == 0:
                 notice(f"{run_dir} is finished: {start} of {config.max_steps} steps are done")
             return
@@ -749,13 +765,13 @@ def train(config, stop):
             torch.set_rng_state(state["rng"]["cpu"])
             if device.type == "cuda" and state["rng"]["cuda"] is not None:
                 torch.cuda.set_rng_state(state["rng"]["cuda"])
-            evaluated = bool(state["evaluated"])
             recent_losses.extend(map(float, state["recent"]["losses"]))
             recent_norms.extend(map(float, state["recent"]["norms"]))
         del state
+    log = open_run(config, resumed, run_dir, start, evaluated) if rank == 0 else NoLog()
     writer = checkpoint.Writer(run_dir, config.keep_checkpoints)
 
-    def save(step, evaluated=True, leaving=False):
+    def save(step, evaluated, leaving=False):
         if rank == 0:
             began = time.perf_counter()
             tensors = [*model.parameters(), *(x for moments in optimizer.state.values() for x in moments.values())]
@@ -788,16 +804,20 @@ def train(config, stop):
                 save(step, evaluated, leaving=True)
             writer.finish()
             reason = reason or stop.name or "a signal to another process"
-            notice(f"stopped by {reason} after step {step}: --run_dir {run_dir} --resume auto goes on")
+            go_on = f"--config {run_dir}/config.toml --run_dir {run_dir} --resume auto"
+            notice(f"stopped by {reason} after step {step}: python train_gpt2.py {go_on}")
 
     # `model` holds the weights; `run_model` is how a batch goes through them
     compiled = torch.compile(model, dynamic=False, fullgraph=True) if config.compile else model
     run_model = DistributedDataParallel(compiled, gradient_as_bucket_view=True) if world_size > 1 else compiled
 
-    log = open_run(config, resumed, run_dir, start, evaluated) if rank == 0 else NoLog()
     parameters, width = sum(p.numel() for p in model.parameters()), model.config.n_layer * model.config.n_embd
     event = "resume" if resumed else "start"
     log.write(start, event=event, parameters=parameters, **fingerprints, **machine_record(machine))
+    document_start = END_OF_TEXT[config.tokenizer]
+    if rank == 0 and not (train_stream.shards[0][:1_000_000] == document_start).any():
+        where = f"the first tokens of {train_stream.paths[0]}"
+        notice(f"no document starts (id {document_start}) in {where}: were they made by tokenizer {config.tokenizer}?")
     tokenizer = sampling_tokenizer(config) if rank == 0 else None
     flops_per_token, peak = 6 * parameters + 12 * width * T, peak_flops(device)  # as in the PaLM paper, appendix B
     batches = training_batches(
@@ -806,89 +826,89 @@ def train(config, stop):
     progress = Progress(config.max_steps, "steps", "training", done=start, quiet=rank > 0)
     skipped, skipped_in_a_row, val_loss = 0, 0, math.nan
 
-    for step in range(start, config.max_steps + 1):  # so many optimizer steps are done
-        last_step, alpha = step == config.max_steps, entmax_alpha(config, step)
-        model.set_alpha(alpha)
+    try:
+        for step in range(start, config.max_steps + 1):  # so many optimizer steps are done
+            last_step, alpha = step == config.max_steps, entmax_alpha(config, step)
+            model.set_alpha(alpha)
 
-        if not evaluated:
-            if last_step or due(step, config.val_every):
-                began = time.perf_counter()
-                result = validate(compiled, val_stream, val_windows, config.micro_batch_size, machine)
-                if result is None:
-                    return leave(step, evaluated=False)
-                val_loss, val_losses = result
-                val_ms = 1e3 * (time.perf_counter() - began)
-                log.write(step, val_loss=val_loss, val_tokens=val_windows * T, val_ms=val_ms)
-                if rank == 0:
-                    tqdm.write(f"step {step} | validation loss {val_loss:.4f} nats a token", file=sys.stdout)
-                    sys.stdout.flush()
-            if questions and (last_step or due(step, config.hellaswag_every)):
-                right = answer_hellaswag(model, questions, config.micro_batch_size * T, machine)
-                if right is None:
-                    return leave(step, evaluated=False)
-                acc_norm, acc = (x.double().mean().item() for x in right)
-                log.write(step, hellaswag_acc_norm=acc_norm, hellaswag_acc=acc)
-                if rank == 0:
-                    tqdm.write(f"step {step} | HellaSwag acc_norm {acc_norm:.4f}, acc {acc:.4f}", file=sys.stdout)
-                    sys.stdout.flush()
-            if last_step and rank == 0:
-                kept = {"step": step, "sequence_length": T, "val_data": fingerprints["val_data"]}
-                kept |= {"val_losses": val_losses.cpu(), "hellaswag": questions.fingerprint if questions else ""}
-                save_evaluation(run_dir, **kept, hellaswag_right=right[0] if questions else [])
-            if tokenizer and (last_step or due(step, config.sample_every)):
-                print_sample(model, config, machine, tokenizer, step)
-            if last_step or step > 0 and due(step, config.checkpoint_every):
-                save(step)
-        if last_step:
-            break
+            if not evaluated:
+                if last_step or due(step, config.val_every):
+                    began = time.perf_counter()
+                    result = validate(compiled, val_stream, val_windows, config.micro_batch_size, machine)
+                    if result is None:
+                        return leave(step, evaluated)
+                    val_loss, val_losses = result
+                    val_ms = 1e3 * (time.perf_counter() - began)
+                    log.write(step, val_loss=val_loss, val_tokens=val_windows * T, val_ms=val_ms)
+                    if rank == 0:
+                        say(f"step {step} | validation loss {val_loss:.4f} nats a token")
+                if questions and (last_step or due(step, config.hellaswag_every)):
+                    right = answer_hellaswag(model, questions, config.micro_batch_size * T, machine)
+                    if right is None:
+                        return leave(step, evaluated)
+                    acc_norm, acc = (x.double().mean().item() for x in right)
+                    log.write(step, hellaswag_acc_norm=acc_norm, hellaswag_acc=acc)
+                    if rank == 0:
+                        say(f"step {step} | HellaSwag acc_norm {acc_norm:.4f}, acc {acc:.4f}")
+                if last_step and rank == 0:
+                    kept = {"step": step, "sequence_length": T, "val_data": fingerprints["val_data"]}
+                    kept |= {"val_losses": val_losses, "hellaswag": questions.fingerprint if questions else ""}
+                    save_evaluation(run_dir, **kept, hellaswag_right=right[0] if questions else [])
+                if tokenizer and (last_step or due(step, config.sample_every)):
+                    print_sample(model, config, machine, tokenizer, step)
+                evaluated = True
+                if last_step or step > 0 and due(step, config.checkpoint_every):
+                    save(step, evaluated)
+            if last_step:
+                break
 
-        began = time.perf_counter()
-        try:
+            began = time.perf_counter()
             loss = add_gradients(run_model, batches, micro_batches, machine)
-        except (UserError, RuntimeError):  # a damaged shard, a lost process: the weights are those of whole steps
-            if step > start:
-                try:
-                    leave(step, evaluated=True, reason="an error")
-                except Failure as failure:
-                    notice(str(failure))
-            raise
-        if loss is None:
-            return leave(step, evaluated=True)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
+            if loss is None:
+                return leave(step, evaluated)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
 
-        # update, unless that would spoil the weights
-        step, evaluated = step + 1, False
-        lr = learning_rate(config, step)
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if finite:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            # update, unless that would spoil the weights
+            lr = learning_rate(config, step + 1)
+            finite = math.isfinite(loss) and math.isfinite(grad_norm)
+            if finite:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step, evaluated = step + 1, False  # this step is done, its evaluations are not
 
-        seconds = time.perf_counter() - began
-        tokens_per_s = config.batch_size * T / seconds
-        record = {"tokens": step * config.batch_size * T, "train_loss": loss if math.isfinite(loss) else None}
-        record |= {"grad_norm": grad_norm if math.isfinite(grad_norm) else None, "lr": lr}
-        record |= {"alpha": alpha} if config.attention == "entmax" else {}
-        record |= {"step_ms": 1e3 * seconds, "tokens_per_s": tokens_per_s}
-        record |= {"mfu": flops_per_token * tokens_per_s / (peak * world_size) if peak else None}
-        record |= {"peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None}
-        outliers = {"loss_z": z_score(recent_losses, loss), "grad_norm_z": z_score(recent_norms, grad_norm)}
-        record |= {name: z for name, z in outliers.items() if z > OUTLIER}
-        log.write(step, **record, **({} if finite else {"skipped": True}))
-        progress.update(1, f"loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s")
+            seconds = time.perf_counter() - began
+            tokens_per_s = config.batch_size * T / seconds
+            record = {"tokens": step * config.batch_size * T, "train_loss": loss if math.isfinite(loss) else None}
+            record |= {"grad_norm": grad_norm if math.isfinite(grad_norm) else None, "lr": lr}
+            record |= {"alpha": alpha} if config.attention == "entmax" else {}
+            record |= {"step_ms": 1e3 * seconds, "tokens_per_s": tokens_per_s}
+            record |= {"mfu": flops_per_token * tokens_per_s / (peak * world_size) if peak else None}
+            record |= {"peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None}
+            outliers = {"loss_z": z_score(recent_losses, loss), "grad_norm_z": z_score(recent_norms, grad_norm)}
+            record |= {name: z for name, z in outliers.items() if z > OUTLIER}
+            log.write(step, **record, **({} if finite else {"skipped": True}))
+            progress.update(1, f"loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s")
 
-        skipped, skipped_in_a_row = skipped + (not finite), 0 if finite else skipped_in_a_row + 1
-        if not finite and rank == 0:
-            notice(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}")
-        if skipped_in_a_row == MAX_SKIPPED:
-            save(step - MAX_SKIPPED)
-            writer.finish()
-            raise Failure(
-                f"stopped: {MAX_SKIPPED} steps in a row had no finite loss or gradient. The weights from before "
-                f"are in {run_dir}/checkpoint_{step - MAX_SKIPPED}; a lower learning_rate may help"
-            )
+            skipped, skipped_in_a_row = skipped + (not finite), 0 if finite else skipped_in_a_row + 1
+            if not finite and rank == 0:
+                notice(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}")
+            if skipped_in_a_row == MAX_SKIPPED:
+                save(step - MAX_SKIPPED, evaluated=True)
+                writer.finish()
+                raise Failure(
+                    f"stopped: {MAX_SKIPPED} steps in a row had no finite loss or gradient. The weights from before "
+                    f"are in {run_dir}/checkpoint_{step - MAX_SKIPPED}; a lower learning_rate may help"
+                )
+    except (UserError, RuntimeError, BrokenPipeError):
+        # a damaged shard, a lost process, a closed terminal: the weights are those of whole steps, and good
+        if step > start:
+            try:
+                leave(step, evaluated, reason="an error")
+            except Failure as failure:
+                notice(str(failure))
+        raise
 
     progress.close()
     writer.finish()

@@ -50,7 +50,8 @@ def find_shards(pattern, split, field):
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{field}: {pattern!r} cannot be looked for ({reason})") from error
     if not found:
-        raise UserError(f"{field}: {wanted}")
+        fetch = "; python -m data.fineweb fetches FineWeb" if "fineweb" in pattern.lower() else ""
+        raise UserError(f"{field}: {wanted}{fetch}")
     return found
 
 

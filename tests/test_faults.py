@@ -147,14 +147,15 @@ def test_a_signal_stops_in_order(undisturbed, start, run, flags, tmp_path, name)
     assert_same_run(tmp_path / "stopped", undisturbed)
 
 
-def test_stopped_in_a_validation(undisturbed, start, run, flags, tmp_path):
-    """The validation that was broken off is done by the run that goes on, and stands in the log once."""
+@pytest.mark.parametrize("validation, step", [(1, 4), (3, 12)])
+def test_stopped_in_a_validation(start, run, flags, tmp_path, validation, step):
+    """The validation that was broken off is done by the run that goes on, the last one too, and is in the log once."""
     long = [*flags, "--max_steps=12", "--micro_batch_size=1", "--val_tokens=1000000", "--val_every=4"]
     code, _, err = run("train_gpt2.py", *long, "--run_dir=whole")
     assert code == 0, err
     command = ["train_gpt2.py", *long, "--run_dir=stopped", "--resume=auto"]
     script = ROOT / "train_gpt2.py"
-    # stops itself inside the validation after step 4
+    # stops itself inside that validation, counted from 0
     stopping = f"""
 import os, runpy, signal, sys
 import train_gpt2, cli
@@ -164,7 +165,7 @@ def counted(self, windows):
     global calls
     if 'val' in self.paths[0].name:
         calls += 1
-        if calls == self.windows + 3:
+        if calls == {validation} * self.windows + 3:
             os.kill(os.getpid(), signal.SIGTERM)
     return batch(self, windows)
 train_gpt2.TokenStream.batch = counted
@@ -174,12 +175,26 @@ cli.run(train_gpt2.main)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     arguments = [sys.executable, "-c", stopping, *map(str, command[1:])]
     result = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0 and "stopped by SIGTERM after step 4" in result.stderr, result.stderr
+    assert result.returncode == 0 and f"stopped by SIGTERM after step {step}" in result.stderr, result.stderr
     records = read_log(tmp_path / "stopped")
-    assert [r["step"] for r in records if "val_loss" in r] == [0]
+    assert [r["step"] for r in records if "val_loss" in r] == list(range(0, step, 4))
     code, _, err = run(*command)
     assert code == 0, err
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_nobody_reads_what_it_says(undisturbed, start, run, flags, tmp_path):
+    """As after Ctrl-C with the output piped through tee: what cannot be printed costs nothing but the exit code."""
+    command = ["train_gpt2.py", *flags, "--max_steps=12", "--checkpoint_every=0", "--run_dir=piped", "--resume=auto"]
+    process = start(*command)
+    wait_until(lambda: steps_logged(tmp_path / "piped") >= 2, process)
+    process.stdout.close(), process.stderr.close()
+    assert process.wait(60) == 1
+    step = max(checkpoints(tmp_path / "piped"))
+    assert step >= 2 and steps_logged(tmp_path / "piped") == step
+    code, _, err = run(*command)
+    assert code == 0, err
+    assert read_log(tmp_path / "piped") == read_log(undisturbed)
 
 
 def test_a_second_interrupt_leaves_at_once(start, flags, tmp_path):
@@ -224,6 +239,7 @@ def test_one_rank_is_asked_and_all_stop(undisturbed, start, run, flags, tmp_path
     err = process.communicate()[1].decode()
     assert process.returncode == 0 and "stopped by a signal to another process" in err, err
     # whatever the number of processes, the same batches follow
+    assert "holds no checkpoint to go on from: starting at step 0" in err
     for ranks in (4, 2, 1):
         folder = tmp_path / f"ranks{ranks}"
         shutil.copytree(tmp_path / "stopped", folder)

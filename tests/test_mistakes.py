@@ -35,6 +35,10 @@ PROGRAMS = {
     "inspect": inspect_shards.main,
 }
 
+HOLDS_A_RUN = (
+    "--run_dir {run} holds a run: --config {run}/config.toml --resume auto goes on with it, or name another folder"
+)
+
 # the command (train has the flags of a small run before it), and its line; * stands for any text
 MISTAKES = [
     # flags
@@ -56,6 +60,10 @@ MISTAKES = [
     ("train --attention flash", "--attention should be one of softmax, entmax, not 'flash'"),
     ("train --alpha 0.9", "--alpha should be from 1 to 2, not 0.9"),
     ("train --alpha 3", "--alpha should be from 1 to 2, not 3.0"),
+    (
+        "train --alpha_start 1.2",
+        "--alpha_start has no effect without --alpha_steps, the steps that alpha takes to its end",
+    ),
     ("train --alpha_start 0", "--alpha_start should be from 1 to 2, not 0.0"),
     (
         "train --model gpt2-small",
@@ -97,6 +105,10 @@ MISTAKES = [
     ("train --val_tokens 10", "val_tokens 10 is less than one sequence of 64"),
     # the data
     ("train --train_data nowhere", "train_data: no file matches nowhere"),
+    (
+        "train --train_data data/fineweb10B",
+        "train_data: no file matches data/fineweb10B; python -m data.fineweb fetches FineWeb",
+    ),
     ("train --train_data nowhere/*.bin", "train_data: no file matches nowhere/*.bin"),
     ("train --val_data {here}", "val_data: no *_val_*.bin or *_val_*.npy in the folder {here}"),
     ("train --train_data=", "train_data is empty: give a shard, a glob or a folder of shards"),
@@ -140,7 +152,7 @@ MISTAKES = [
     ),
     ("train --device mps", "device mps: not there; use --device cpu"),
     # runs and checkpoints
-    ("train --run_dir {run}", "--run_dir {run} holds a run: --resume auto goes on with it, or name another folder"),
+    ("train --run_dir {run}", HOLDS_A_RUN),
     ("train --run_dir {here}/typo.toml", "--run_dir {here}/typo.toml: cannot be written (File exists)"),
     ("train --run_dir /dev/null/x", "--run_dir /dev/null/x: cannot be written (Not a directory)"),
     ("train --run_dir " + "x" * 300, "--run_dir " + "x" * 300 + ": cannot be written (File name too long)"),
@@ -174,6 +186,10 @@ MISTAKES = [
         "init_from: {here}/llama/config.json has model_type = llama, this GPT-2 needs gpt2",
     ),
     ("train --init_from {hf} --tokenizer gpt2", "tokenizer gpt2 has 50257 ids, the model 257"),
+    (
+        "train --init_from {hf} --qk_init_scale 0.5",
+        "qk_init_scale is for new weights, those of init_from are taken as they are: leave one out",
+    ),
     ("train --init_from {hf} --sequence_length 65", "sequence_length 65 is longer than the model's 64 positions"),
     ("evaluate --run_dir {run} --sequence_length 128", "sequence_length 128 is longer than the model's 64 positions"),
     # the other programs
@@ -192,6 +208,7 @@ MISTAKES = [
     ),
     ("sample --run_dir {run} --tempature 1", "unknown argument '--tempature': did you mean '--temperature'?"),
     ("sample --run_dir {run} --temperature -1", "--temperature should be at least 0, not -1.0"),
+    ("sample --run_dir {run} --top_p 90", "--top_p should be from 0 to 1, a share of the probability, not 90.0"),
     ("sample --run_dir {run} --top_p nan", "--top_p should be at least 0, not nan"),
     (f"sample --run_dir {{run}} --seed {10**30}", f"--seed should be a number of at most 64 bits, not {10**30}"),
     (
@@ -436,3 +453,11 @@ def test_a_pipe_that_closes_early(run, places):
     err = process.stderr.read().decode()
     assert process.wait() == 1
     assert err.splitlines()[1:] == ["stopped: nobody reads the output any more"], err
+
+
+def test_the_wrong_tokenizer_is_suspected(call, shards, tmp_path):
+    """Byte shards have no id that GPT-2's vocabulary lacks, but no start of a document in it either."""
+    for tokenizer, suspected in (("gpt2", True), ("bytes", False)):
+        run_dir = tmp_path / tokenizer
+        code, _, err = call("train", "--max_steps=0", f"--tokenizer={tokenizer}", f"--run_dir={run_dir}")
+        assert code == 0 and (f"no document starts (id 50256) in the first tokens of {shards}" in err) == suspected, err
