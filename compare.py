@@ -152,6 +152,7 @@ def sparsity_of(run):
             notice(f"{path} is of step {measured['step']}, the last validation of step {run.last('step')}")
         return shares
     except FileNotFoundError:
+        notice(f"{run.path}: no sparsity.json: python evaluate.py --run_dir {run.path} --sparsity counts its zeros")
         return None, None
     except (OSError, ValueError, KeyError, TypeError) as error:
         notice(f"{path} cannot be read ({error!r}): python evaluate.py --run_dir {run.path} --sparsity writes it again")
@@ -332,7 +333,8 @@ def against(run, first):
         if (a.val_data, a.sequence_length, len(a.losses)) == (b.val_data, b.sequence_length, len(b.losses)):
             values["difference"], values["difference_margin_95"] = paired(a.losses, b.losses)
         else:
-            notice(f"no interval for {run.path}: it validated on other sequences than {first.path}")
+            notice(f"no difference for {run.path}: it validated on other sequences than {first.path}")
+            values["difference"] = None
         if a.hellaswag and (a.hellaswag, len(a.right)) == (b.hellaswag, len(b.right)):
             values["hellaswag_p"] = mcnemar(a.right, b.right)
         elif a.hellaswag and b.hellaswag:
@@ -345,7 +347,7 @@ def print_csv(names, rows):
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["run", *ROWS])
     for name, values in zip(names, rows, strict=True):
-        table.writerow([name, *("-" if value is None else value for value in values.values())])
+        table.writerow([name, *values.values()])  # None becomes an empty cell
 
 
 def print_table(names, rows, markdown):
@@ -391,7 +393,8 @@ def draw(runs, rows, path):
         tokens, hours, losses = ([getattr(v, f) for v in run.validations] for f in ("tokens", "hours", "loss"))
         lines += by_tokens.plot(tokens, losses, **style)
         by_hours.plot(hours, losses, **style)
-        both = [v for v in run.validations if v.tokens in first]
+        same_text = run is runs[0] or values["difference"] is not None
+        both = [v for v in run.validations if v.tokens in first and same_text]
         by_difference.plot([v.tokens for v in both], [v.loss - first[v.tokens] for v in both], **style)
         if values["difference_margin_95"] is not None and run.last("tokens") == runs[0].last("tokens"):
             at = run.last("tokens"), values["difference"]

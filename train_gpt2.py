@@ -1,6 +1,6 @@
 """Train GPT-2 with softmax or adaptive sparse alpha-entmax attention.
 
-    python train_gpt2.py                                          a tiny byte-level GPT on any laptop, two minutes
+    python train_gpt2.py                                          a tiny byte-level GPT on any laptop, in minutes
     python train_gpt2.py --attention softmax --max_steps 100      any field of Config is a flag
     python train_gpt2.py --config configs/gpt2_124m.toml          the paper's run on one GPU
     torchrun --standalone --nproc_per_node 8 train_gpt2.py --config configs/gpt2_124m.toml     ... on eight
