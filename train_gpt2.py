@@ -518,7 +518,14 @@ def open_run(config, resumed, run_dir, step, evaluated):
         run_dir.mkdir(parents=True, exist_ok=True)
         text = to_toml(config, without=("run_dir", "resume"))
         (run_dir / "config.toml").write_text(text, encoding="utf-8")
-        log = RunLog(run_dir / "log.jsonl", read_log(resumed.parent / "log.jsonl", step, evaluated) if resumed else ())
+        path, earlier = run_dir / "log.jsonl", ()
+        if resumed:
+            earlier = read_log(resumed.parent / "log.jsonl", step, evaluated)
+        elif any("train_loss" in record for record in read_log(path, math.inf, evaluated)):
+            old = run_dir / f"log-{datetime.now():%Y%m%d-%H%M%S}.jsonl"
+            path.replace(old)
+            notice(f"the log of the run that was there before is kept as {old}")
+        log = RunLog(path, earlier)
         for unfinished in run_dir.glob("checkpoint_*.tmp"):
             unfinished.unlink()
     except OSError as error:

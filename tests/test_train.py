@@ -5,6 +5,7 @@ python -m pytest tests/test_train.py
 
 import json
 import math
+import shutil
 import signal
 import time
 import tomllib
@@ -165,8 +166,6 @@ def test_killed_and_resumed_is_as_if_never_killed(whole_runs, start, run, flags,
 
 
 def test_damaged_checkpoints_are_passed_over(whole_runs, run, flags, tmp_path):
-    import shutil
-
     shutil.copytree(whole_runs / "entmax", tmp_path / "damaged")
     whole = (tmp_path / "damaged" / "checkpoint_8").read_bytes()
     middle = len(whole) // 2
@@ -275,6 +274,17 @@ def test_a_run_is_not_overwritten(whole_runs, flags, capsys):
     before = (whole_runs / "entmax" / "log.jsonl").read_bytes()
     assert_one_line(*call(capsys, *flags, f"--run_dir={whole_runs / 'entmax'}"), "entmax", "--resume")
     assert (whole_runs / "entmax" / "log.jsonl").read_bytes() == before
+
+
+def test_the_log_of_a_run_without_checkpoints_is_kept(whole_runs, flags, tmp_path, capsys):
+    shutil.copytree(whole_runs / "softmax", tmp_path / "run")
+    for path in checkpoints(tmp_path / "run").values():
+        path.unlink()
+    before = (tmp_path / "run" / "log.jsonl").read_bytes()
+    code, err = call(capsys, *flags, "--max_steps=2", f"--run_dir={tmp_path / 'run'}", "--resume=auto")
+    (old,) = (tmp_path / "run").glob("log-*.jsonl")
+    assert code == 0 and f"kept as {old}" in err and old.read_bytes() == before
+    assert [r["step"] for r in read_log(tmp_path / "run") if "train_loss" in r] == [1, 2]
 
 
 def test_another_configuration_is_not_resumed(whole_runs, shards, flags, tmp_path, capsys):
