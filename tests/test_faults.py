@@ -250,6 +250,16 @@ def test_one_rank_is_asked_and_all_stop(undisturbed, start, run, flags, tmp_path
             np.testing.assert_allclose(ours, theirs, rtol=2e-5)
 
 
+def test_torchrun_passes_sigterm_on(start, flags, tmp_path):
+    """Its own exit code says that it was stopped; the processes have left in order."""
+    process = start("train_gpt2.py", *flags, "--max_steps=1000", "--micro_batch_size=2", "--run_dir=stopped", ranks=2)
+    wait_until(lambda: steps_logged(tmp_path / "stopped") >= 3, process)
+    process.terminate()
+    err = process.communicate(timeout=60)[1].decode()
+    assert "stopped by " in err and 'train_gpt2.py", line' not in err, err
+    assert max(checkpoints(tmp_path / "stopped")) == steps_logged(tmp_path / "stopped")
+
+
 @linux
 def test_a_killed_rank_ends_or_restarts_the_run(undisturbed, flags, tmp_path):
     for restarts, folder in ((0, "ended"), (3, "restarted")):
