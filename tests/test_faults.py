@@ -1,6 +1,7 @@
 """Runs that are killed, stopped, filled up and fed with NaN: python -m pytest tests/test_faults.py
 
-The long ones, 25 kills and a soak of SOAK_MINUTES (2 without): python -m pytest -m slow -s tests/test_faults.py
+The long ones, 25 kills, a restart and a soak of SOAK_MINUTES (2 without):
+python -m pytest -m slow -s tests/test_faults.py
 """
 
 import json
@@ -265,23 +266,24 @@ def test_torchrun_passes_sigterm_on(start, flags, tmp_path):
 
 
 @linux
-def test_a_killed_rank_ends_or_restarts_the_run(undisturbed, flags, tmp_path):
-    for restarts, folder in ((0, "ended"), (3, "restarted")):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        command = [*launch, f"--max-restarts={restarts}", str(ROOT / "train_gpt2.py"), *flags, "--max_steps=12"]
-        command += ["--micro_batch_size=2", f"--run_dir={tmp_path / folder}", "--resume=auto"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
-        wait_until(lambda d=folder: steps_logged(tmp_path / d) >= 5, process)
-        os.kill(children(process)[1], signal.SIGKILL)
-        err = process.communicate(timeout=200)[1].decode()
-        if restarts == 0:
-            assert process.returncode == 1, err
-        else:
-            assert process.returncode == 0, err
-            for key in ("train_loss", "val_loss"):
-                ours, theirs = ([r[key] for r in read_log(d) if key in r] for d in (tmp_path / folder, undisturbed))
-                np.testing.assert_allclose(ours, theirs, rtol=2e-5)
+@pytest.mark.parametrize("restarts", [0, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_killed_rank_ends_or_restarts_the_run(undisturbed, flags, tmp_path, restarts):
+    """The restart is a slow test: the new processes sometimes hang in the connection of gloo, until its timeout."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, f"--max-restarts={restarts}", str(ROOT / "train_gpt2.py"), *flags, "--max_steps=12"]
+    command += ["--micro_batch_size=2", f"--run_dir={tmp_path / 'run'}", "--resume=auto"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+    wait_until(lambda: steps_logged(tmp_path / "run") >= 5, process)
+    os.kill(children(process)[1], signal.SIGKILL)
+    err = process.communicate(timeout=200 if restarts == 0 else 2000)[1].decode()
+    if restarts == 0:
+        assert process.returncode == 1, err
+        return
+    assert process.returncode == 0, err
+    for key in ("train_loss", "val_loss"):
+        ours, theirs = ([r[key] for r in read_log(d) if key in r] for d in (tmp_path / "run", undisturbed))
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5)
 
 
 def two_processes(tmp_path, commands, seconds=120):
