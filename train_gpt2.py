@@ -28,6 +28,7 @@ from datetime import datetime, timedelta
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -315,7 +316,8 @@ def start_machine(device, dtype, deterministic=False, stop=None):
         notice(f"dtype bfloat16 is for CUDA: float32 on {device}")
     if world_size > 1:
         try:
-            dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
+            backend, store = "nccl" if device == "cuda" else "gloo", store_of_this_start(rank, world_size)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
         except (ValueError, RuntimeError) as error:
             if "EADDRINUSE" in str(error):
                 port = os.environ.get("MASTER_PORT")
@@ -333,6 +335,26 @@ def start_machine(device, dtype, deterministic=False, stop=None):
         stop=stop,
         control=control if world_size > 1 else None,
     )
+
+
+def store_of_this_start(rank, world_size):
+    """Where the processes that were started together leave their addresses for one another.
+
+    torchrun's store outlives a restart, with the addresses of the dead in it, and its count of restarts differs between
+    machines. So process 0 names a part of the store for this start, and tells the name to the processes that ask.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    name = uuid4().hex
+    if rank == 0:
+        store.delete_key("exception_dump")  # NCCL's sign of a failure, which is in no part: whoever sees it ends
+        for other in range(1, world_size):
+            while (word := store.queue_pop(f"to process 0 from {other}").decode()) != name:  # until it says the name
+                store.set(word, name)  # the answer; nobody reads one to a question of the dead
+    else:
+        store.queue_push(f"to process 0 from {rank}", name)  # a name of its own: where it finds the answer
+        name = store.get(name).decode()
+        store.queue_push(f"to process 0 from {rank}", name)
+    return dist.PrefixStore(name, store)
 
 
 def leave_process_group():

@@ -1,6 +1,6 @@
 """Runs that are killed, stopped, filled up and fed with NaN: python -m pytest tests/test_faults.py
 
-The long ones, 25 kills, a restart and a soak of SOAK_MINUTES (2 without):
+The long ones, 25 kills and a soak of SOAK_MINUTES (2 without):
 python -m pytest -m slow -s tests/test_faults.py
 """
 
@@ -266,9 +266,9 @@ def test_torchrun_passes_sigterm_on(start, flags, tmp_path):
 
 
 @linux
-@pytest.mark.parametrize("restarts", [0, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("restarts", [0, 1])
 def test_a_killed_rank_ends_or_restarts_the_run(undisturbed, flags, tmp_path, restarts):
-    """The restart is a slow test: the new processes sometimes hang in the connection of gloo, until its timeout."""
+    """One restart is enough: the new processes do not look for the dead."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launch, f"--max-restarts={restarts}", str(ROOT / "train_gpt2.py"), *flags, "--max_steps=12"]
     command += ["--micro_batch_size=2", f"--run_dir={tmp_path / 'run'}", "--resume=auto"]
@@ -276,7 +276,7 @@ def test_a_killed_rank_ends_or_restarts_the_run(undisturbed, flags, tmp_path, re
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
     wait_until(lambda: steps_logged(tmp_path / "run") >= 5, process)
     os.kill(children(process)[1], signal.SIGKILL)
-    err = process.communicate(timeout=200 if restarts == 0 else 2000)[1].decode()
+    err = process.communicate(timeout=200)[1].decode()
     if restarts == 0:
         assert process.returncode == 1, err
         return
