@@ -16,9 +16,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 
 from adasplash_kernels import causal_entmax_attention
 from cli import UserError
+from cross_entropy import ROWS, head_loss
 
 SIZES = {  # layers, heads, channels
     "tiny": (4, 4, 128),
@@ -92,7 +94,12 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        if torch.compiler.is_compiling():  # the backward pass computes GELU again, a quarter of all it would keep
+            return checkpoint(self.project, self.c_fc(x), use_reentrant=False)
+        return self.project(self.c_fc(x))
+
+    def project(self, x):
+        return self.c_proj(F.gelu(x, approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -106,6 +113,12 @@ class Block(nn.Module):
     def forward(self, x, past=None):
         x = x + self.attn(self.ln_1(x), past)
         return x + self.mlp(self.ln_2(x))
+
+
+def rounded(x):
+    """x in the dtype of autocast, where that is on."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 class GPT(nn.Module):
@@ -150,10 +163,17 @@ class GPT(nn.Module):
         for block in self.h:
             block.attn.alpha = value
 
-    def forward(self, tokens, targets):
-        """tokens, targets: (B, T) int64. The cross-entropy of every target in nats, (B, T) float32."""
-        logits = self.logits(self.hidden(tokens))
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
+    def forward(self, tokens, targets, reduction="none"):
+        """tokens, targets: (B, T) int64. The cross-entropy in nats of every target, (B, T) float32, or their "mean".
+
+        Training takes the mean, whose gradients are computed along with it (see head_loss).
+        """
+        x, targets = self.hidden(tokens).flatten(0, 1), targets.flatten()
+        if reduction == "mean":
+            return head_loss(rounded(x), self.wte.weight, targets, self.config.vocab_size)[0]
+        blocks = zip(x.split(ROWS), targets.split(ROWS), strict=True)
+        losses = [F.cross_entropy(self.logits(rows).float(), t, reduction="none") for rows, t in blocks]
+        return torch.cat(losses).view_as(tokens)
 
     def hidden(self, tokens, past=None):
         """tokens: (B, T) int64 -> the last hidden states, (B, T, C).
@@ -161,7 +181,8 @@ class GPT(nn.Module):
         past: None, or one list a layer with the keys and values of the tokens before these, which grow by these.
         """
         start = past[0][0].shape[2] if past and past[0] else 0
-        x = self.wte(tokens) + self.wpe.weight[start : start + tokens.shape[1]]
+        # in 16 bits from here, if any: half the traffic of the sums along the residual stream
+        x = rounded(self.wte(tokens) + self.wpe.weight[start : start + tokens.shape[1]])
         for i, block in enumerate(self.h):
             x = block(x, past[i] if past is not None else None)
         return self.ln_f(x)

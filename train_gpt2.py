@@ -632,7 +632,7 @@ def add_gradients(model, batches, micro_batches, machine):
         more = machine.world_size > 1 and micro_step < micro_batches - 1
         with model.no_sync() if more else nullcontext():
             with machine.precision():
-                micro_loss = model(inputs, targets).mean() / micro_batches
+                micro_loss = model(inputs, targets, reduction="mean") / micro_batches
             micro_loss.backward()
         loss += micro_loss.detach()
     return machine.sum(loss).item() / machine.world_size

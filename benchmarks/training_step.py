@@ -70,7 +70,7 @@ class PlainGPT(nn.Module):
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, tokens, targets):
+    def forward(self, tokens, targets, reduction="mean"):  # which is the only one
         x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
         for block in self.h:
             x = block(x)
