@@ -167,19 +167,23 @@ def test_all_examples_on_a_gpu_in_float32(tmp_path):
         answer_hellaswag(model, questions, 16 * 1024, machine)
         seconds = time.perf_counter() - began
         print(f"{len(questions.labels)} examples, {'bfloat16' if autocast else 'float32'}: {seconds:.1f} s")
-    sums, means = [], []
-    with open(os.environ["HELLASWAG"], encoding="utf-8") as file, torch.no_grad():
-        for line in file:
-            example = json.loads(line)
-            context = tokenizer.encode_ordinary(example["ctx"])
-            endings = [tokenizer.encode_ordinary(" " + ending) for ending in example["endings"]]
-            width = max(map(len, endings))
-            tokens = torch.tensor([context + ending + [0] * (width - len(ending)) for ending in endings]).cuda()
-            logits = reference(tokens).logits[:, len(context) - 1 : -1]
-            losses = torch.nn.functional.cross_entropy(logits.mT, tokens[:, len(context) :], reduction="none")
-            for loss, ending in zip(losses, endings, strict=True):
-                sums.append(loss[: len(ending)].sum()), means.append(loss[: len(ending)].mean())
-    sums, means = (torch.stack(scores).cpu().double().view(-1, 4) for scores in (sums, means))
+    with open(os.environ["HELLASWAG"], encoding="utf-8") as file:
+        examples = [json.loads(line) for line in file]
+    encode, sums, lengths = tokenizer.encode_ordinary, [], []
+    for start in range(0, len(examples), 16):
+        endings = [(encode(e["ctx"]), encode(" " + x)) for e in examples[start : start + 16] for x in e["endings"]]
+        tokens = torch.zeros(len(endings), max(len(a + b) for a, b in endings), dtype=torch.long)
+        counted = torch.zeros(len(endings), tokens.shape[1] - 1, dtype=torch.bool)
+        for row, (context, ending) in enumerate(endings):  # what pads on the right, no token before it sees
+            tokens[row, : len(context + ending)] = torch.tensor(context + ending)
+            counted[row, len(context) - 1 : len(context + ending) - 1] = True
+        tokens, counted = tokens.cuda(), counted.cuda()
+        with torch.no_grad():
+            logits = reference(tokens[:, :-1]).logits
+        losses = torch.nn.functional.cross_entropy(logits.mT, tokens[:, 1:], reduction="none")
+        sums.append((losses * counted).sum(dim=1)), lengths.append(counted.sum(dim=1))
+    sums, lengths = (torch.cat(scores).cpu().double().view(-1, 4) for scores in (sums, lengths))
+    means = sums / lengths
     our_sums = kept[0].view(-1, 4)
     our_means = our_sums / torch.tensor(questions.ending_tokens).view(-1, 4)
     for name, ours, theirs in (("acc", our_sums, sums), ("acc_norm", our_means, means)):
