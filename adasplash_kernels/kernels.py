@@ -219,41 +219,37 @@ def _forward(
     b_q = _load(p_q, s_qt, i_q, T, D, BD, TILE)
 
     # The row maxima, and the tiles that exceed the floor under tau somewhere. The diagonal first, then backwards, since
-    # near keys are often the largest. Sums and maxima of the last few tiles are kept in 8 parts of a row, which takes
-    # no exchange between threads, until they are used to renew top and floor: at first after each tile
+    # near keys are often the largest. As long as the diagonal's scores are at hand, its own sums raise the floor twice
     zero, zero_8 = tl.zeros([TILE], tl.float32), tl.zeros([TILE, 8], tl.float32)
-    top, floor, least, most, total, lower = zero - float("inf"), zero - 1, zero, zero, zero, zero
-    n_list = 0
-    for done in range(0, i_q + 1, 32):  # 32 tiles: a bit of an int a tile, so that warps need not meet at each tile
+    b_z = _scores(b_q, p_k, s_kt, i_q, o_q, i_q, T, D, BD, TILE)
+    top, floor = _max(b_z), zero - 1
+    for _time in tl.static_range(2):
+        b_p, b_lower = _powers(_above(b_z, top[:, None], floor[:, None], c, EXACT), r, R)
+        h, step = _newton(tl.sum(b_p, 1), tl.sum(b_lower, 1), alpha, R)
+        floor *= tl.maximum(tl.minimum(1 + h * step / floor + 1e-6, 1.0), 1e-6)
+    b_p, b_lower = _powers(_above(b_z, top[:, None], floor[:, None], c, EXACT), r, R)
+    top, floor, most, total, lower = _rise(
+        top, floor, zero, zero, zero, zero, top, tl.sum(b_p, 1), tl.sum(b_lower, 1), c, alpha, r, R
+    )
+    tl.store(p_list, i_q.to(tl.int16))
+    n_list = 1
+    for done in range(1, i_q + 1, 32):  # 32 tiles: a bit of an int a tile, so that warps need not meet at each tile
         bits = tl.zeros([TILE, 8], tl.int32)
+        # sums and maxima stay in 8 parts of a row, which takes no exchange between threads, until they are used
         top_8, total_8, lower_8 = zero_8 - float("inf"), zero_8, zero_8
         n_now = tl.minimum(i_q + 1 - done, 32)
         for i in range(0, n_now):
-            j = i_q - done - i
-            b_z = _scores(b_q, p_k, s_kt, j, o_q, i_q, T, D, BD, TILE)
+            b_z = _dot(b_q, tl.trans(_load(p_k, s_kt, i_q - done - i, T, D, BD, TILE)), None)
             top_8 = _larger(top_8, _max(_parts(b_z)))
-            if j == i_q:  # where maxima jump: make floor -1 or more, before it is used
-                new_top = _larger(top, _max(top_8))
-                new_floor = floor - (new_top - top) * c
-                rise = tl.maximum(-1 - new_floor, 0.0)
-                total, lower, shrink = _shrink(floor, tl.maximum(1 + rise / floor, 1e-6), total, lower, r, R)
-                least, most = tl.where(rise > 0, 0.0, least), most * shrink
-                top, floor = new_top, tl.maximum(new_floor, -1.0)
-                for _ in tl.static_range(2):  # and raise it by the tile's own sums, as long as its scores are at hand
-                    b_p, b_lower = _powers(_above(b_z, top[:, None], floor[:, None], c, EXACT), r, R)
-                    h, step = _newton(least + tl.sum(b_p, 1), most + tl.sum(b_lower, 1), alpha, R)
-                    f = tl.maximum(tl.minimum(1 + h * step / floor + 1e-6, 1.0), 1e-6)
-                    total, lower, shrink = _shrink(floor, f, total, lower, r, R)
-                    least, most, floor = tl.where(f < 1, 0.0, least), most * shrink, floor * f
             b_p, b_lower = _powers(_above(b_z, top[:, None], floor[:, None], c, EXACT), r, R)
             p_8 = tl.sum(_parts(b_p), 1)
             total_8, lower_8 = total_8 + p_8, lower_8 + tl.sum(_parts(b_lower), 1)
-            bits |= ((p_8 > 0) | (j == i_q)).to(tl.int32) << i
-            if (i < 4) | ((i & 3) == 3) | (i == n_now - 1):
+            bits |= (p_8 > 0).to(tl.int32) << i
+            if (i < 3) | ((i & 3) == 3) | (i == n_now - 1):
                 top, floor, most, total, lower = _rise(
-                    top, floor, least, most, total, lower, _max(top_8), tl.sum(total_8, 1), tl.sum(lower_8, 1),
+                    top, floor, zero + 1, most, total, lower, _max(top_8), tl.sum(total_8, 1), tl.sum(lower_8, 1),
                     c, alpha, r, R)  # fmt: skip
-                least, total_8, lower_8 = zero + 1, zero_8, zero_8
+                total_8, lower_8 = zero_8, zero_8
         flags = (tl.reduce(tl.where(o_q < T, tl.reduce(bits, 1, _either), 0), 0, _either) >> o_32) & 1  # [32]
         places = n_list + tl.cumsum(flags, 0) - flags
         tl.store(p_list + places, (i_q - done - o_32).to(tl.int16), mask=flags > 0)

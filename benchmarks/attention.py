@@ -66,15 +66,14 @@ def methods():
 
 
 def time(function, repeat):
-    """The median of some calls, in ms."""
+    """The median of some calls, in ms on the GPU: those are queued while it is busy, so that launching is not timed."""
     function()
-    times = []
-    for _ in range(repeat):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    times = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeat)]
+    torch.cuda._sleep(10_000_000 * repeat)  # cycles, some 5 ms for each call
+    for start, end in times:
         start.record()
         function()
         end.record()
-        times.append((start, end))
     torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(end) for start, end in times)
 
