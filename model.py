@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
-from adasplash_kernels import causal_entmax_attention
+from adasplash_kernels import causal_entmax_attention, causal_entmax_attention_qkvpacked
 from cli import UserError
 from cross_entropy import ROWS, head_loss
 
@@ -57,14 +57,6 @@ class GPTConfig:
 # modules
 
 
-def causal_softmax_attention(q, k, v, alpha):
-    """q: (B, H, Tq, D), k and v: (B, H, Tk, D); Tq is Tk, or 1 with a cache: the newest token, which sees all keys.
-
-    alpha is entmax's, and ignored.
-    """
-    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] == k.shape[2])
-
-
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -72,7 +64,7 @@ class Attention(nn.Module):
         self.alpha = config.alpha  # see GPT.set_alpha
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.attend = {"softmax": causal_softmax_attention, "entmax": causal_entmax_attention}[config.attention]
+        self.entmax = config.attention == "entmax"
 
     def forward(self, x, past=None):
         """x: (B, T, C). past: None, or a list that holds this layer's keys and values so far and is extended."""
@@ -83,7 +75,12 @@ class Attention(nn.Module):
             if past:
                 k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
             past[:] = k, v
-        y = self.attend(q, k, v, self.alpha)
+        if not self.entmax:  # with a cache T may be 1: the newest token, which sees all keys
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=T == k.shape[2])
+        elif past is None:
+            y = causal_entmax_attention_qkvpacked(qkv, self.alpha)
+        else:
+            y = causal_entmax_attention(q, k, v, self.alpha)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from adasplash_kernels.reference import entmax_reference
 
 try:
-    from adasplash_kernels.kernels import INTERPRETED, entmax_kernels
+    from adasplash_kernels.kernels import INTERPRETED, entmax_kernels, entmax_kernels_packed
 except ModuleNotFoundError as error:
     if error.name != "triton":
         raise
     entmax_kernels = None  # no triton on this platform
 
-__all__ = ["causal_entmax_attention"]
+__all__ = ["causal_entmax_attention", "causal_entmax_attention_qkvpacked"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -32,15 +32,35 @@ def causal_entmax_attention(q, k, v, alpha=1.5, scale=None):
     """
     _check(q, k, v, alpha, scale)
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-    if isinstance(alpha, torch.Tensor):
-        return _operator(q, k)(q, k, v, alpha, 0, scale)[0]
-    if alpha == 1:
+    if not isinstance(alpha, torch.Tensor) and alpha == 1:
         R, T = q.shape[2], k.shape[2]
         mask = None if R == T else torch.ones(R, T, dtype=torch.bool, device=q.device).tril(T - R)
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=R == T, scale=scale)
+    return _operator(q, k)(q, k, v, *_exponents(alpha, q), scale)[0]
+
+
+def causal_entmax_attention_qkvpacked(qkv, alpha=1.5, scale=None):
+    """The same with q, k and v = qkv[:, :, 0], 1 and 2, whose gradient then is one tensor, too, and not put together.
+
+    qkv: (B, T, 3, H, D), what one projection gives for all. Returns (B, H, T, D), in memory (B, T, H, D).
+    """
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"got qkv {tuple(qkv.shape)}; takes (B, T, 3, H, D)")
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    softmax = not isinstance(alpha, torch.Tensor) and alpha == 1
+    if softmax or _operator(q, k) is entmax_reference:
+        return causal_entmax_attention(q, k, v, alpha, scale)
+    _check(q, k, v, alpha, scale)
+    scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    return entmax_kernels_packed(qkv, *_exponents(alpha, q), scale)[0]
+
+
+def _exponents(alpha, q):
+    """The operators' alpha, a tensor or None, and r = 1 / (alpha - 1), 0 with a tensor."""
+    if isinstance(alpha, torch.Tensor):
+        return alpha, 0
     r = {1.5: 2, 2.0: 1}.get(alpha, 0)
-    alpha = None if r else torch.full((1,), alpha, dtype=torch.float32, device=q.device)
-    return _operator(q, k)(q, k, v, alpha, r, scale)[0]
+    return None if r else torch.full((1,), alpha, dtype=torch.float32, device=q.device), r
 
 
 def _operator(q, k):

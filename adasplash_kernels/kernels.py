@@ -347,7 +347,7 @@ def _query_gradient(
     p_v += i_b * s_vb + i_h * s_vh
     p_o += i_b * s_ob + i_h * s_oh
     p_do += i_b * s_db + i_h * s_dh
-    p_dq += (i_b * T * H + i_h) * D
+    p_dq += (i_b * T * 3 * H + i_h) * D  # of dqkv (B, T, 3, H, D), like dk and dv
     i_list = i_bh * n + i_q
     p_list += i_list.to(tl.int64) * n
     alpha, r, c = _parameters(p_alpha, scale, R)
@@ -377,7 +377,7 @@ def _query_gradient(
     b_dq = scale * (b_g - shift[:, None] * b_l)
     b_dq = tl.where(o_q[:, None] == 0, b_dq * 0.0, b_dq)  # the row of one key: p is 1 whatever the score (or NaN)
     tl.store(p_delta + o_row, mean + shift)
-    _store(p_dq, H * D, i_q, T, b_dq, D, BD, TILE)
+    _store(p_dq, 3 * H * D, i_q, T, b_dq, D, BD, TILE)
 
 
 @triton.jit(do_not_specialize=["T", "H", "n"])
@@ -394,8 +394,8 @@ def _key_value_gradient(
     p_k += i_b * s_kb + i_h * s_kh
     p_v += i_b * s_vb + i_h * s_vh
     p_do += i_b * s_db + i_h * s_dh
-    p_dk += (i_b * T * H + i_h) * D
-    p_dv += (i_b * T * H + i_h) * D
+    p_dk += (i_b * T * 3 * H + i_h) * D
+    p_dv += (i_b * T * 3 * H + i_h) * D
     p_list += tl.program_id(0).to(tl.int64) * n
     p_top += i_bh.to(tl.int64) * n * TILE
     p_tau += i_bh.to(tl.int64) * n * TILE
@@ -423,8 +423,8 @@ def _key_value_gradient(
         if i == 0:  # the row of one key
             b_ds = tl.where(o_q[None, :] == 0, b_ds * 0.0, b_ds)
         b_dk = _dot(b_ds.to(b_q.dtype), b_q, b_dk)
-    _store(p_dk, H * D, i_k, T, b_dk * scale, D, BD, TILE)
-    _store(p_dv, H * D, i_k, T, b_dv, D, BD, TILE)
+    _store(p_dk, 3 * H * D, i_k, T, b_dk * scale, D, BD, TILE)
+    _store(p_dv, 3 * H * D, i_k, T, b_dv, D, BD, TILE)
 
 
 # -----------------------------------------------------------------------------
@@ -470,6 +470,11 @@ def _saved(q):
     return top, tau, q.new_zeros(BH, n, n, dtype=torch.int8)
 
 
+def unpacked(qkv):
+    """q, k, v (B, H, T, D), views of qkv (B, T, 3, H, D)."""
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+
 @torch.library.custom_op("adasplash::entmax", mutates_args=())
 def entmax_kernels(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, alpha: torch.Tensor | None, r: int, scale: float
@@ -488,19 +493,23 @@ def entmax_kernels(
     return out, top, tau, tile_map
 
 
-@entmax_kernels.register_fake
-def _(q, k, v, alpha, r, scale):
-    return heads_last(q), *_saved(q)
+@torch.library.custom_op("adasplash::entmax_packed", mutates_args=())
+def entmax_kernels_packed(
+    qkv: torch.Tensor, alpha: torch.Tensor | None, r: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same of qkv (B, T, 3, H, D), whose gradient is one tensor too."""
+    return entmax_kernels(*unpacked(qkv), alpha, r, scale)
 
 
 @torch.library.custom_op("adasplash::entmax_backward", mutates_args=())
 def entmax_kernels_backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, top: torch.Tensor,
     tau: torch.Tensor, tile_map: torch.Tensor, alpha: torch.Tensor | None, r: int, scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The gradients of q, k and v."""
+) -> torch.Tensor:  # fmt: skip
+    """The gradients of q, k and v in one, (B, T, 3, H, D)."""
     dout, q, k, v, out = (_readable(x) for x in (dout, q, k, v, out))
-    dq, dk, dv = heads_last(q), heads_last(k), heads_last(v)
+    dqkv = _gradient_like(q)
+    dq, dk, dv = unpacked(dqkv)
     n, _, for_queries, for_keys = _options(q, r)
     programs = (q.shape[0] * q.shape[1] * n,)
     shared = dict(p_q=q, p_k=k, p_v=v, p_do=dout, p_top=top, p_tau=tau, p_delta=torch.empty_like(tau), p_alpha=alpha)
@@ -511,22 +520,44 @@ def entmax_kernels_backward(
     _query_gradient[programs](p_o=out, p_dq=dq, **_strides(o=out), **lists, **shared, **for_queries)
     _lists[programs](p_map=tile_map, n=n, s_line=1, s_entry=n, BLOCK=128, num_warps=1, **lists)
     _key_value_gradient[programs](p_dk=dk, p_dv=dv, **lists, **shared, **for_keys)
-    return dq, dk, dv
+    return dqkv
+
+
+def _gradient_like(q):
+    B, H, T, D = q.shape
+    return q.new_empty(B, T, 3, H, D)
+
+
+@entmax_kernels.register_fake
+def _(q, k, v, alpha, r, scale):
+    return heads_last(q), *_saved(q)
+
+
+@entmax_kernels_packed.register_fake
+def _(qkv, alpha, r, scale):
+    q, _, _ = unpacked(qkv)
+    return heads_last(q), *_saved(q)
 
 
 @entmax_kernels_backward.register_fake
 def _(dout, q, k, v, out, top, tau, tile_map, alpha, r, scale):
-    return heads_last(q), heads_last(k), heads_last(v)
+    return _gradient_like(q)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, alpha, ctx.r, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, alpha)
+    *inputs, alpha, ctx.r, ctx.scale = inputs
+    ctx.save_for_backward(*inputs, *output, alpha)
 
 
 def _backward(ctx, dout, *_):
     *saved, alpha = ctx.saved_tensors
-    return *entmax_kernels_backward(dout, *saved, alpha, ctx.r, ctx.scale), None, None, None
+    return *unpacked(entmax_kernels_backward(dout, *saved, alpha, ctx.r, ctx.scale)), None, None, None
+
+
+def _backward_packed(ctx, dout, *_):
+    qkv, *saved, alpha = ctx.saved_tensors
+    return entmax_kernels_backward(dout, *unpacked(qkv), *saved, alpha, ctx.r, ctx.scale), None, None, None
 
 
 entmax_kernels.register_autograd(_backward, setup_context=_setup_context)
+entmax_kernels_packed.register_autograd(_backward_packed, setup_context=_setup_context)

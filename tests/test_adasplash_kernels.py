@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from adasplash_kernels import _operator, causal_entmax_attention
+from adasplash_kernels import _operator, causal_entmax_attention, causal_entmax_attention_qkvpacked
 
 # -----------------------------------------------------------------------------
 # what is right: the dense formulas
@@ -51,6 +51,12 @@ def run(q, k, v, dout, alpha, scale=None):
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     out = causal_entmax_attention(q, k, v, alpha, scale)
     return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
+
+
+def run_packed(q, k, v, dout, alpha, scale=None):
+    qkv = torch.stack((q, k, v)).permute(1, 3, 0, 2, 4).contiguous().requires_grad_()
+    out = causal_entmax_attention_qkvpacked(qkv, alpha, scale)
+    return out.detach(), *torch.autograd.grad(out, qkv, dout)[0].permute(2, 0, 3, 1, 4)
 
 
 def error(x, y, floor=1e-30):
@@ -238,7 +244,9 @@ def test_wrong_arguments():
 def test_kernels_in_the_interpreter():
     """The tests above again, small, in a process where CPU tensors go to the kernels."""
     pytest.importorskip("triton")
-    chosen = "half or extreme or nan or one_key or alpha or sum or same_bits or opcheck or 63-20-1.5 or 63-20-1.25"
+    chosen = (
+        "packed or half or extreme or nan or one_key or alpha or sum or same_bits or opcheck or 63-20-1.5 or 63-20-1.25"
+    )
     command = [sys.executable, "-m", "pytest", "-q", "-k", chosen, "-m", "not gpu", __file__]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True)
@@ -278,10 +286,24 @@ def test_tiles_fit_other_gpus(dtype):
 # as an operator
 
 
+@pytest.mark.parametrize("alpha", (1, 1.25, 1.5, torch.tensor([1.7]), 2))
+def test_packed_gives_the_same_bits(alpha):
+    for B, H, T, D in ((2, 3, 65, 16), (1, 2, 33, 20)):
+        tensors = normal_inputs(B, H, T, T, D)
+        for scale in (None, 0.3):
+            for x, y in zip(run_packed(*tensors, alpha, scale), run(*tensors, alpha, scale), strict=True):
+                assert torch.equal(x, y)
+    with pytest.raises(ValueError, match="takes .B, T, 3, H, D."):
+        causal_entmax_attention_qkvpacked(torch.zeros(1, 4, 2, 3, 8))
+
+
 def test_opcheck():
     for alpha, r in ((None, 1), (None, 2), (torch.tensor([1.3]), 0)):
         q, k, v, _ = (x.requires_grad_() for x in normal_inputs(1, 2, 9, 9, 16))
         torch.library.opcheck(_operator(q, k), (q, k, v, alpha, r, 0.25))
+        if "TRITON_INTERPRET" in os.environ:
+            qkv = torch.randn(1, 9, 3, 2, 16, requires_grad=True)
+            torch.library.opcheck(torch.ops.adasplash.entmax_packed.default, (qkv, alpha, r, 0.25))
 
 
 def test_compile_in_one_graph():
@@ -370,8 +392,9 @@ def test_gpu_reads_the_projection_in_place_and_repeats_its_bits():
     x = torch.randn(2, 333, 3, 4, 64, device="cuda", dtype=torch.bfloat16)
     views, copies = x.permute(2, 0, 3, 1, 4), x.permute(2, 0, 3, 1, 4).contiguous()
     dout = torch.randn(2, 4, 333, 64, device="cuda", dtype=torch.bfloat16)
-    for a, b in zip(run(*views, dout, 1.5), run(*copies, dout, 1.5), strict=True):
-        assert torch.equal(a, b)
+    results = run(*views, dout, 1.5), run(*copies, dout, 1.5), run_packed(*copies, dout, 1.5)
+    for a, b, c in zip(*results, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
 
 
 @gpu
@@ -379,6 +402,8 @@ def test_gpu_opcheck():
     for alpha, r in ((None, 1), (None, 2), (torch.tensor([1.3], device="cuda"), 0)):
         q, k, v, _ = (x.requires_grad_() for x in normal_inputs(1, 2, 70, 70, 16, device="cuda"))
         torch.library.opcheck(torch.ops.adasplash.entmax.default, (q, k, v, alpha, r, 0.25))
+        qkv = torch.randn(1, 70, 3, 2, 16, device="cuda", requires_grad=True)
+        torch.library.opcheck(torch.ops.adasplash.entmax_packed.default, (qkv, alpha, r, 0.25))
 
 
 @gpu
@@ -386,8 +411,8 @@ def test_gpu_compile_autocast_checkpointing():
     weight = torch.randn(64, 192, device="cuda") / 8
 
     def attend(x, alpha):
-        q, k, v = (x @ weight).view(2, 100, 3, 4, 16).permute(2, 0, 3, 1, 4)
-        return causal_entmax_attention(q, k, v, alpha).transpose(1, 2).reshape(2, 100, 64)
+        qkv = (x @ weight).view(2, 100, 3, 4, 16)
+        return causal_entmax_attention_qkvpacked(qkv, alpha).transpose(1, 2).reshape(2, 100, 64)
 
     compiled = torch.compile(attend, fullgraph=True)
     x = torch.randn(2, 100, 64, device="cuda", requires_grad=True)
