@@ -23,7 +23,7 @@ if triton is not None:
     INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
     @triton.jit
-    def _row(p_z, p_target, p_loss, stride, V, n_padded, scale, A: tl.constexpr, COLUMNS: tl.constexpr):
+    def _cross_entropy(p_z, p_target, p_loss, stride, V, n_padded, scale, A: tl.constexpr, COLUMNS: tl.constexpr):
         """One row of logits: its loss, and in the row's place scale times the gradient of that."""
         i = tl.program_id(0).to(tl.int64)
         p_z += i * stride
@@ -53,7 +53,7 @@ def _to_gradients(logits, targets, vocab_size, scale):
     """
     if triton is not None and (logits.is_cuda or INTERPRETED):
         losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-        _row[(len(logits),)](
+        _cross_entropy[(len(logits),)](
             logits, targets, losses, logits.stride(0), vocab_size, logits.shape[1], scale,
             A=2, COLUMNS=4096, num_warps=16,
         )  # fmt: skip

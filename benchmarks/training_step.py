@@ -108,7 +108,7 @@ def batches_of(args, micro_batch_size, device):
 
 
 KINDS = {  # of kernels, by what their names hold; the first that fits counts
-    "attention": ("flash", "fmha", "sdpa", "_columns", "_query_gradient", "_key_value_gradient", "_forward"),
+    "attention": ("flash", "fmha", "sdpa", "_lists", "_query_gradient", "_key_value_gradient", "_forward"),
     "optimizer": ("multi_tensor", "adam", "lpnorm"),
     "loss": ("log_softmax", "nll_loss", "logsumexp", "cross_entropy", "one_hot"),
     "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk"),

@@ -169,9 +169,12 @@ def test_all_examples_on_a_gpu_in_float32(tmp_path):
         print(f"{len(questions.labels)} examples, {'bfloat16' if autocast else 'float32'}: {seconds:.1f} s")
     with open(os.environ["HELLASWAG"], encoding="utf-8") as file:
         examples = [json.loads(line) for line in file]
-    encode, sums, lengths = tokenizer.encode_ordinary, [], []
+    encode, (sums, lengths) = tokenizer.encode_ordinary, torch.zeros(2, len(examples), 4, dtype=torch.double)
+    width = [len(example["ctx"]) + max(map(len, example["endings"])) for example in examples]
+    by_length = sorted(range(len(examples)), key=width.__getitem__)
     for start in range(0, len(examples), 16):
-        endings = [(encode(e["ctx"]), encode(" " + x)) for e in examples[start : start + 16] for x in e["endings"]]
+        chosen = by_length[start : start + 16]
+        endings = [(encode(examples[i]["ctx"]), encode(" " + x)) for i in chosen for x in examples[i]["endings"]]
         tokens = torch.zeros(len(endings), max(len(a + b) for a, b in endings), dtype=torch.long)
         counted = torch.zeros(len(endings), tokens.shape[1] - 1, dtype=torch.bool)
         for row, (context, ending) in enumerate(endings):  # what pads on the right, no token before it sees
@@ -181,8 +184,8 @@ def test_all_examples_on_a_gpu_in_float32(tmp_path):
         with torch.no_grad():
             logits = reference(tokens[:, :-1]).logits
         losses = torch.nn.functional.cross_entropy(logits.mT, tokens[:, 1:], reduction="none")
-        sums.append((losses * counted).sum(dim=1)), lengths.append(counted.sum(dim=1))
-    sums, lengths = (torch.cat(scores).cpu().double().view(-1, 4) for scores in (sums, lengths))
+        sums[chosen] = (losses * counted).sum(dim=1).cpu().double().view(-1, 4)
+        lengths[chosen] = counted.sum(dim=1).cpu().double().view(-1, 4)
     means = sums / lengths
     our_sums = kept[0].view(-1, 4)
     our_means = our_sums / torch.tensor(questions.ending_tokens).view(-1, 4)
