@@ -31,36 +31,39 @@ def causal_entmax_attention(q, k, v, alpha=1.5, scale=None):
     Raises TypeError for a wrong dtype or device and ValueError for a wrong shape, alpha or scale.
     """
     _check(q, k, v, alpha, scale)
-    scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-    if not isinstance(alpha, torch.Tensor) and alpha == 1:
+    if _is_softmax(alpha):
         R, T = q.shape[2], k.shape[2]
         mask = None if R == T else torch.ones(R, T, dtype=torch.bool, device=q.device).tril(T - R)
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=R == T, scale=scale)
-    return _operator(q, k)(q, k, v, *_exponents(alpha, q), scale)[0]
+    return _operator(q, k)(q, k, v, *_parameters(q, alpha, scale))[0]
 
 
 def causal_entmax_attention_qkvpacked(qkv, alpha=1.5, scale=None):
     """The same with q, k and v = qkv[:, :, 0], 1 and 2, whose gradient then is one tensor, too, and not put together.
 
-    qkv: (B, T, 3, H, D), what one projection gives for all. Returns (B, H, T, D), in memory (B, T, H, D).
+    qkv: (B, T, 3, H, D), what one projection gives for all; dtypes, alpha, scale and errors are as above.
+    Returns (B, H, T, D), in memory (B, T, H, D).
     """
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"got qkv {tuple(qkv.shape)}; takes (B, T, 3, H, D)")
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    softmax = not isinstance(alpha, torch.Tensor) and alpha == 1
-    if softmax or _operator(q, k) is entmax_reference:
+    if _is_softmax(alpha) or _operator(q, k) is entmax_reference:
         return causal_entmax_attention(q, k, v, alpha, scale)
     _check(q, k, v, alpha, scale)
+    return entmax_kernels_packed(qkv, *_parameters(q, alpha, scale))[0]
+
+
+def _is_softmax(alpha):
+    return not isinstance(alpha, torch.Tensor) and alpha == 1
+
+
+def _parameters(q, alpha, scale):
+    """As the operators take them: alpha (a tensor, or None), r = 1 / (alpha - 1) (0 with a tensor), scale."""
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-    return entmax_kernels_packed(qkv, *_exponents(alpha, q), scale)[0]
-
-
-def _exponents(alpha, q):
-    """The operators' alpha, a tensor or None, and r = 1 / (alpha - 1), 0 with a tensor."""
     if isinstance(alpha, torch.Tensor):
-        return alpha, 0
+        return alpha, 0, scale
     r = {1.5: 2, 2.0: 1}.get(alpha, 0)
-    return None if r else torch.full((1,), alpha, dtype=torch.float32, device=q.device), r
+    return None if r else torch.full((1,), alpha, dtype=torch.float32, device=q.device), r, scale
 
 
 def _operator(q, k):

@@ -462,8 +462,8 @@ def _readable(x):
 
 
 def _saved(q):
-    """Empty tensors for what the backward needs: of each row, to whole tiles, max z and tau, or for 16 bits only their
-    sum; the map of tiles."""
+    """Empty tensors for what the backward needs: of each row, to whole tiles, max z and tau, float32, or for 16 bits
+    only c max z + tau; the map of tiles (B H, n, n), 1 where a tile has support."""
     BH, (n, options, *_) = q.shape[0] * q.shape[1], _options(q, 0)
     tau = q.new_empty(BH, n * options["TILE"], dtype=torch.float32)
     top = tau.new_empty(tau.shape if options["EXACT"] else (BH, 0))

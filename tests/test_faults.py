@@ -1,7 +1,6 @@
 """Runs that are killed, stopped, filled up and fed with NaN: python -m pytest tests/test_faults.py
 
-The long ones, 25 kills and a soak of SOAK_MINUTES (2 without):
-python -m pytest -m slow -s tests/test_faults.py
+The long ones, 25 kills and a soak of SOAK_MINUTES (2 without): python -m pytest -m slow -s tests/test_faults.py
 """
 
 import json
