@@ -26,8 +26,10 @@ from adasplash_kernels.reference import heads_last
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # Triton runs on CPU tensors, in Python
 NAN = tl.constexpr(tl.PropagateNan.ALL)
-TOLERANCE = 0.06  # on |h| / (alpha - 1) with 16 bits: the step from there is within their rounding
+TOLERANCE = tl.constexpr(0.24)  # on |h| / (alpha - 1), see docs/kernels.md
 MAX_SWEEPS = tl.constexpr(60)  # 1 to 3 are usual; the bound is for rows that rounding keeps from settling
+LIMIT = tl.constexpr(65536.0)  # where u saturates in the first pass, in which the maxima are not known yet
+INFINITY = tl.constexpr(float("inf"))
 
 # -----------------------------------------------------------------------------
 # tiles
@@ -47,7 +49,7 @@ def _either(a, b):
 def _max(b_x):
     """Along axis 1, NaN (or inf, which becomes NaN later) where there is one."""
     if INTERPRETED:  # whose reductions by a function of one's own are slow
-        return tl.max(tl.where(b_x == b_x, b_x, float("inf")), 1)
+        return tl.max(tl.where(b_x == b_x, b_x, INFINITY), 1)
     else:
         return tl.reduce(b_x, 1, _larger)
 
@@ -59,6 +61,21 @@ def _parts(b_x):
 
 
 @triton.jit
+def _marks(p_8, EXACT: tl.constexpr):
+    """From sums [M, 8], 1 where there is support (NaN counts): [M / 16, 8, 4] of a thread's own, for _word."""
+    M: tl.constexpr = p_8.shape[0]
+    if EXACT:  # else there is no NaN
+        p_8 = tl.where(p_8 != 0, 1.0, 0.0)
+    return (tl.sum(tl.sum(tl.reshape(p_8, [M // 16, 2, 8, 4, 2]), 4), 1) > 0).to(tl.int32)
+
+
+@triton.jit
+def _word(bits):
+    """All the bits in one integer."""
+    return tl.reduce(tl.reduce(tl.reduce(bits, 2, _either), 1, _either), 0, _either)
+
+
+@triton.jit
 def _dot(b_x, b_y, b_sum):
     if INTERPRETED:  # which takes bfloat16 for the integers that hold it
         b_x, b_y = b_x.to(tl.float32), b_y.to(tl.float32)
@@ -66,49 +83,84 @@ def _dot(b_x, b_y, b_sum):
 
 
 @triton.jit
-def _load(p_x, stride, i_block, T, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows i_block * BLOCK.. of x (T, D) whose rows lie stride apart: [BLOCK, BD], zero beyond T and D."""
-    o_row = tl.arange(0, BLOCK)
-    o_d = tl.arange(0, BD)
-    p_block = p_x + tl.cast(i_block, tl.int64) * BLOCK * stride + (o_row[:, None] * stride + o_d[None, :])
-    mask = o_row[:, None] < T - i_block * BLOCK
-    if D < BD:
-        mask = mask & (o_d[None, :] < D)
-    return tl.load(p_block, mask=mask, other=0.0)
+def _pointers(p_x, stride, i_block, BD: tl.constexpr, BLOCK: tl.constexpr):
+    """To rows i_block * BLOCK.. of x (T, D), which lie stride apart: [BLOCK, BD]."""
+    p_block = p_x + tl.cast(i_block, tl.int64) * BLOCK * stride
+    return p_block + (tl.arange(0, BLOCK)[:, None] * stride + tl.arange(0, BD)[None, :])
+
+
+@triton.jit
+def _load(p_x, stride, i_block, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of x, all of which there are; zero beyond D."""
+    p_block = _pointers(p_x, stride, i_block, BD, BLOCK)
+    if D == BD:
+        return tl.load(p_block)
+    else:
+        return tl.load(p_block, mask=(tl.arange(0, BLOCK)[:, None] >= 0) & (tl.arange(0, BD)[None, :] < D), other=0.0)
+
+
+@triton.jit
+def _load_last(p_x, stride, i_block, T, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr):
+    """The same where some rows may be beyond T: these are zero."""
+    mask = (tl.arange(0, BLOCK)[:, None] < T - i_block * BLOCK) & (tl.arange(0, BD)[None, :] < D)
+    return tl.load(_pointers(p_x, stride, i_block, BD, BLOCK), mask=mask, other=0.0)
 
 
 @triton.jit
 def _store(p_x, stride, i_block, T, b_x, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr):
-    o_row = tl.arange(0, BLOCK)
-    o_d = tl.arange(0, BD)
-    p_block = p_x + tl.cast(i_block, tl.int64) * BLOCK * stride + (o_row[:, None] * stride + o_d[None, :])
-    mask = (o_row[:, None] < T - i_block * BLOCK) & (o_d[None, :] < D)
-    tl.store(p_block, b_x.to(p_x.dtype.element_ty), mask=mask)
+    mask = (tl.arange(0, BLOCK)[:, None] < T - i_block * BLOCK) & (tl.arange(0, BD)[None, :] < D)
+    tl.store(_pointers(p_x, stride, i_block, BD, BLOCK), b_x.to(p_x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _mask(b_z, o_q, j, j_diagonal, BN: tl.constexpr):
-    """Scores [BM, BN] with the keys of block j; from j_diagonal on, -inf where the query does not see the key."""
-    if j >= j_diagonal:
-        o_k = j * BN + tl.arange(0, BN)
-        b_z = tl.where(o_q[:, None] >= o_k[None, :], b_z, float("-inf"))
-    return b_z
+def _in_registers(b_x, EXACT: tl.constexpr):
+    """b_x, 16 bits, hiding that it was loaded: the tensor cores then take it from registers, not from shared memory.
+
+    Products of 64 columns or fewer use up the bandwidth of shared memory, so that what stays is better kept elsewhere.
+    """
+    if EXACT or INTERPRETED or b_x.shape[1] > 64:
+        return b_x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [b_x], b_x.dtype, is_pure=True, pack=2)
 
 
 @triton.jit
-def _scores(b_q, p_k, s_k, j, o_q, i_q, T, D: tl.constexpr, BD: tl.constexpr, TILE: tl.constexpr):
-    """Raw scores [TILE, TILE]; -inf where the query does not see the key."""
-    return _mask(_dot(b_q, tl.trans(_load(p_k, s_k, j, T, D, BD, TILE)), None), o_q, j, i_q, TILE)
+def _causal(b_z, o_q, j):
+    """Scores of the keys of block j, with -inf where the query does not see the key."""
+    return tl.where(o_q[:, None] >= j * b_z.shape[1] + tl.arange(0, b_z.shape[1])[None, :], b_z, -INFINITY)
+
+
+@triton.jit
+def _saturated(b_x, m, b_a):
+    """x m + a between 0 and 1, 0 for NaN: one instruction at full rate, which a maximum is not."""
+    if INTERPRETED:
+        b_u = b_x * m + b_a
+        return tl.where(b_u == b_u, tl.minimum(tl.maximum(b_u, 0.0), 1.0), 0.0)
+    else:
+        return tl.inline_asm_elementwise(
+            "fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [b_x, m, b_a], tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
 def _above(b_z, top, tau, c, EXACT: tl.constexpr):
-    """u. Without EXACT in one instruction, which rounds once more, to 2^-24 of the largest score."""
+    """u, where top is the maximum. Without EXACT rounded once more, to 2^-24 of the largest score, and 0 for NaN: a row
+    with NaN is one whose maximum is NaN, so that its sums are 0, and 0 / 0 is NaN again."""
     if EXACT:
-        b_u = (b_z - top) * c - tau
+        return tl.maximum((b_z - top) * c - tau, 0.0, propagate_nan=NAN)
     else:
-        b_u = b_z * c - (top * c + tau)
-    return tl.maximum(b_u, 0.0, propagate_nan=NAN)
+        return _saturated(b_z, c, -(top * c + tau))
+
+
+@triton.jit
+def _above_any(b_z, top, tau, c, R: tl.constexpr, EXACT: tl.constexpr):
+    """u where top need not be the maximum; for R = 1 and 2 without EXACT, u / LIMIT, at most 1."""
+    if EXACT:
+        return tl.maximum((b_z - top) * c - tau, 0.0, propagate_nan=NAN)
+    elif R > 0:
+        return _saturated(b_z, c * (1 / LIMIT), -(top * c + tau) * (1 / LIMIT))
+    else:
+        return tl.maximum(b_z * c - (top * c + tau), 0.0, propagate_nan=NAN)
 
 
 @triton.jit
@@ -118,6 +170,15 @@ def _log2(b_x, R: tl.constexpr):
         return tl.log2(b_x)
     else:
         return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [b_x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _inverse(x, EXACT: tl.constexpr):
+    """1 / x, without EXACT likewise to 2^-22."""
+    if EXACT or INTERPRETED:
+        return 1 / x
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -133,27 +194,39 @@ def _powers(b_u, r, R: tl.constexpr):
 
 
 @triton.jit
-def _newton(total, lower, alpha, R: tl.constexpr):
-    """From the row sums of u^r and u^(r - 1): h = |u|_r - 1 and -1 / h', so that Newton's step is their product."""
+def _power(f, r, R: tl.constexpr):
+    """f^(r - 1)"""
+    if R == 2:
+        return f
+    elif R == 1:
+        return f * 0 + 1
+    else:
+        return tl.exp2((r - 1) * _log2(f, R))
+
+
+@triton.jit
+def _newton(total, lower, alpha, R: tl.constexpr, EXACT: tl.constexpr):
+    """From the row sums of u^r and u^(r - 1): h = |u|_r - 1, and Newton's step, -h / h'."""
     if R == 2:
         norm = tl.sqrt(total)
+        return norm - 1, (norm - 1) * norm * _inverse(lower, EXACT)
     elif R == 1:
-        norm = total
+        return total - 1, (total - 1) * _inverse(lower, EXACT)
     else:
         norm = tl.exp2((alpha - 1) * tl.log2(total))
-    return norm - 1, total / norm / lower
+        return norm - 1, (norm - 1) * total / norm / lower
 
 
 @triton.jit
-def _exponent(tau, total, lower, r):
+def _exponent(tau, total, lower, r, EXACT: tl.constexpr):
     """The m for which total, a function of tau, behaves here as |tau|^m; it does exactly where one key has it all."""
-    return tl.minimum(tl.maximum(-tau * lower / total, 1.0), 1e6) * r
+    return tl.minimum(tl.maximum(-tau * lower * _inverse(total, EXACT), 1.0), 1e6) * r
 
 
 @triton.jit
-def _guess(tau, total, lower, r, R: tl.constexpr):
+def _guess(tau, total, lower, r, R: tl.constexpr, EXACT: tl.constexpr):
     """Where total, behaving so, would be 1."""
-    return tau * tl.exp2(-_log2(total, R) / _exponent(tau, total, lower, r))
+    return tau * tl.exp2(-_log2(total, R) * _inverse(_exponent(tau, total, lower, r, EXACT), EXACT))
 
 
 @triton.jit
@@ -171,32 +244,48 @@ def _parameters(p_alpha, scale, R: tl.constexpr):
 
 
 @triton.jit
-def _shrink(tau, f, total, lower, r, R: tl.constexpr):
-    """total and lower where tau is f times as far from the maximum, by _exponent; and f^(r - 1)."""
-    log_f = _log2(f, R)
-    shrink = tl.exp2((_exponent(tau, total, lower, r) - 1) * log_f)
-    return total * shrink * f, lower * shrink, tl.exp2((r - 1) * log_f)
+def _shrink(total, lower, before, after, r, R: tl.constexpr, EXACT: tl.constexpr):
+    """total and lower of some keys, the largest of which was at u = before, where that is at u = after.
+
+    Its own share is known; the rest goes by _exponent.
+    """
+    before = tl.maximum(before, 1e-6)
+    f = tl.maximum(tl.minimum(after * _inverse(before, EXACT), 1.0), 1e-6)
+    p, p_lower = _powers(before, r, R)
+    p, p_lower = tl.minimum(p, total), tl.minimum(p_lower, lower)
+    rest, rest_lower = total - p, lower - p_lower
+    f_lower = _power(f, r, R)
+    rest_f = tl.exp2((_exponent(-before, rest, rest_lower, r, EXACT) - 1) * _log2(f, R))
+    return f * (p * f_lower + rest * rest_f), p_lower * f_lower + rest_lower * rest_f
 
 
 @triton.jit
-def _rise(top, floor, least, most, total, lower, new_top, new_total, new_lower, c, alpha, r, R: tl.constexpr):
+def _rise(
+    top, floor, least, most, total, lower, new_top, new_total, new_lower, c, alpha, r,
+    R: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
     """Raise the floor under tau, given the maximum of some more keys and, at the present floor, their sums.
 
     Of the keys before, least <= sum u^r and most >= sum u^(r - 1). Newton's step from below the root does not pass it,
     nor does it with such bounds for the sums. total and lower, estimates of the sums, follow.
     """
-    new_top = _larger(top, new_top)
-    new_floor = floor - (new_top - top) * c
-    h, step = _newton(least + new_total, most + new_lower, alpha, R)
-    # floors are < 0 and end up above -1; 1e-6 is for rounding; maxima far above what was overflow some sums, but not f
-    f = tl.maximum(tl.minimum(1 + h * step / new_floor + 1e-6, tl.minimum(-1 / new_floor, 1.0)), 1e-6)
-    old_f = tl.maximum(1 - new_floor / floor * (1 - f), 1e-6)
-    total, lower, shrink = _shrink(floor, old_f, total, lower, r, R)
-    most = most * shrink  # each u, at most the distance to the maximum, shrinks by f or more
-    new_most = new_lower
-    new_total, new_lower, shrink = _shrink(new_floor, f, new_total, new_lower, r, R)
-    most += new_most * shrink
-    return new_top, new_floor * f, most, tl.maximum(total + new_total, 1.0), tl.maximum(lower + new_lower, 1.0)
+    both = _larger(top, new_top)
+    new_floor = floor - (both - top) * c
+    far = new_floor < -LIMIT  # maxima far above what was: u may have saturated
+    inverse = _inverse(new_floor, EXACT)
+    _, step = _newton(least + new_total, most + new_lower, alpha, R, EXACT)
+    # floors are < 0 and end up above -1; 1e-6 is for rounding
+    f = tl.where(far, 1.0, 1 + step * inverse + 1e-6)
+    f = tl.maximum(tl.minimum(f, tl.minimum(-inverse, 1.0)), 1e-6)
+    old_f = tl.maximum(1 - new_floor * _inverse(floor, EXACT) * (1 - f), 1e-6)
+    # each u, at most the distance to the maximum, shrinks by f or more; from far away to 1 or less, of up to 1e6 keys
+    most = most * _power(old_f, r, R) + tl.where(far, 1e6, new_lower * _power(f, r, R))
+    new_floor *= f
+    total, lower = _shrink(total, lower, -floor, (top - both) * c - new_floor, r, R, EXACT)
+    new_total, new_lower = _shrink(
+        new_total, new_lower, (new_top - top) * c - floor, (new_top - both) * c - new_floor, r, R, EXACT
+    )
+    return both, new_floor, most, tl.maximum(total + new_total, 1.0), tl.maximum(lower + new_lower, 1.0)
 
 
 @triton.jit(do_not_specialize=["T", "H", "n"])
@@ -204,7 +293,6 @@ def _forward(
     p_q, p_k, p_v, p_o, p_top, p_tau, p_list, p_map, p_alpha, scale, T, H, n,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt,
     R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TILE: tl.constexpr, EXACT: tl.constexpr,
-    TOLERANCE: tl.constexpr,
 ):  # fmt: skip
     i_bh, i_q = tl.program_id(0) // n, n - 1 - tl.program_id(0) % n  # the longest rows first
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
@@ -213,100 +301,118 @@ def _forward(
     p_v += i_b * s_vb + i_h * s_vh
     p_o += (i_b * T * H + i_h) * D
     p_list += tl.program_id(0).to(tl.int64) * n
+    p_map += (i_bh.to(tl.int64) * n + i_q) * n
     alpha, r, c = _parameters(p_alpha, scale, R)
     o_q = i_q * TILE + tl.arange(0, TILE)
     o_32 = tl.arange(0, 32)
-    b_q = _load(p_q, s_qt, i_q, T, D, BD, TILE)
+    b_q = _load_last(p_q, s_qt, i_q, T, D, BD, TILE)
 
-    # The row maxima, and the tiles that exceed the floor under tau somewhere. The diagonal first, then backwards, since
-    # near keys are often the largest. As long as the diagonal's scores are at hand, its own sums raise the floor twice
+    # The tile on the diagonal comes first, since near keys are often the largest
     zero, zero_8 = tl.zeros([TILE], tl.float32), tl.zeros([TILE, 8], tl.float32)
-    b_z = _scores(b_q, p_k, s_kt, i_q, o_q, i_q, T, D, BD, TILE)
+    b_z = _causal(_dot(b_q, tl.trans(_load_last(p_k, s_kt, i_q, T, D, BD, TILE)), None), o_q, i_q)
     top, floor = _max(b_z), zero - 1
-    for _time in tl.static_range(2):
-        b_p, b_lower = _powers(_above(b_z, top[:, None], floor[:, None], c, EXACT), r, R)
-        h, step = _newton(tl.sum(b_p, 1), tl.sum(b_lower, 1), alpha, R)
-        floor *= tl.maximum(tl.minimum(1 + h * step / floor + 1e-6, 1.0), 1e-6)
     b_p, b_lower = _powers(_above(b_z, top[:, None], floor[:, None], c, EXACT), r, R)
     top, floor, most, total, lower = _rise(
-        top, floor, zero, zero, zero, zero, top, tl.sum(b_p, 1), tl.sum(b_lower, 1), c, alpha, r, R
+        top, floor, zero, zero, zero, zero, top, tl.sum(b_p, 1), tl.sum(b_lower, 1), c, alpha, r, R, EXACT
     )
-    tl.store(p_list, i_q.to(tl.int16))
-    n_list = 1
-    for done in range(1, i_q + 1, 32):  # 32 tiles: a bit of an int a tile, so that warps need not meet at each tile
-        bits = tl.zeros([TILE, 8], tl.int32)
+
+    # Then all others, backwards: the row maxima, and the list of the tiles that exceed the floor somewhere
+    n_list = 0
+    for done in range(0, i_q, 32):  # 32 tiles: a bit of an int a tile, so that warps need not meet at each tile
+        bits = tl.zeros([TILE // 16, 8, 4], tl.int32)
         # sums and maxima stay in 8 parts of a row, which takes no exchange between threads, until they are used
-        top_8, total_8, lower_8 = zero_8 - float("inf"), zero_8, zero_8
-        n_now = tl.minimum(i_q + 1 - done, 32)
+        top_8, total_8, lower_8 = zero_8 - INFINITY, zero_8, zero_8
+        n_now = tl.minimum(i_q - done, 32)
         for i in range(0, n_now):
-            b_z = _dot(b_q, tl.trans(_load(p_k, s_kt, i_q - done - i, T, D, BD, TILE)), None)
+            b_z = _dot(b_q, tl.trans(_load(p_k, s_kt, i_q - 1 - done - i, D, BD, TILE)), None)
             top_8 = _larger(top_8, _max(_parts(b_z)))
-            b_p, b_lower = _powers(_above(b_z, top[:, None], floor[:, None], c, EXACT), r, R)
+            b_u = _above_any(b_z, top[:, None], tl.where(o_q < T, floor, INFINITY)[:, None], c, R, EXACT)
+            b_p, b_lower = _powers(b_u, r, R)
             p_8 = tl.sum(_parts(b_p), 1)
             total_8, lower_8 = total_8 + p_8, lower_8 + tl.sum(_parts(b_lower), 1)
-            bits |= (p_8 > 0).to(tl.int32) << i
-            if (i < 3) | ((i & 3) == 3) | (i == n_now - 1):
+            if EXACT or R <= 0:  # where the maximum is NaN, so are the sums, and only that row is to be passed over
+                p_8 = tl.where(p_8 > 0, 1.0, 0.0)
+            bits |= _marks(p_8, False) << i
+            if (i == 0) | (i == n_now - 1):
+                new_total, new_lower = tl.sum(total_8, 1), tl.sum(lower_8, 1)
+                if R == 2 and not EXACT:
+                    new_total, new_lower = new_total * (LIMIT * LIMIT), new_lower * LIMIT
+                elif R == 1 and not EXACT:
+                    new_total *= LIMIT
                 top, floor, most, total, lower = _rise(
-                    top, floor, zero + 1, most, total, lower, _max(top_8), tl.sum(total_8, 1), tl.sum(lower_8, 1),
-                    c, alpha, r, R)  # fmt: skip
-                total_8, lower_8 = zero_8, zero_8
-        flags = (tl.reduce(tl.where(o_q < T, tl.reduce(bits, 1, _either), 0), 0, _either) >> o_32) & 1  # [32]
-        places = n_list + tl.cumsum(flags, 0) - flags
-        tl.store(p_list + places, (i_q - done - o_32).to(tl.int16), mask=flags > 0)
+                    top, floor, zero + 1, most, total, lower, _max(top_8), new_total, new_lower, c, alpha, r, R, EXACT
+                )
+                top_8, total_8, lower_8 = zero_8 - INFINITY, zero_8, zero_8
+        flags = (_word(bits) >> o_32) & 1
+        tl.store(p_list + n_list + tl.cumsum(flags, 0) - flags, (i_q - 1 - done - o_32).to(tl.int16), mask=flags > 0)
         n_list += tl.sum(flags, 0)
     tl.debug_barrier()  # the list is read by all from here
 
+    # Sweeps over the listed tiles and the diagonal, until tau stands; it never does beyond T, where nothing has support
     ceiling = -tl.exp2((1 - alpha) * tl.log2((o_q + 1).to(tl.float32)))  # equal scores have tau here, others below
-    tau = tl.minimum(_guess(floor, total, lower, r, R), ceiling)
-    step, go = zero, 1
+    ceiling = tl.where(o_q < T, ceiling, INFINITY)
+    floor = tl.where(o_q < T, floor, INFINITY)
+    tau = tl.maximum(tl.minimum(_guess(floor, total, lower, r, R, EXACT), ceiling), floor)
+    go = 1
     while go > 0:
         total_8, lower_8 = zero_8, zero_8
         for i in range(0, n_list):
             j = tl.load(p_list + i).to(tl.int32)
-            b_z = _scores(b_q, p_k, s_kt, j, o_q, i_q, T, D, BD, TILE)
+            b_z = _dot(b_q, tl.trans(_load(p_k, s_kt, j, D, BD, TILE)), None)
             b_p, b_lower = _powers(_above(b_z, top[:, None], tau[:, None], c, EXACT), r, R)
             total_8, lower_8 = total_8 + tl.sum(_parts(b_p), 1), lower_8 + tl.sum(_parts(b_lower), 1)
-        total, lower = tl.sum(total_8, 1), tl.sum(lower_8, 1)
-        h, step = _newton(total, lower, alpha, R)
-        new_tau = tau + h * step
-        if go <= 2:  # Newton's step does not pass the root; the guess lands nearer to it, on either side
-            new_tau = tl.maximum(new_tau, _guess(tau, total, lower, r, R))
-        new_tau = tl.minimum(tl.maximum(new_tau, floor), ceiling)
+        b_z = _causal(_dot(b_q, tl.trans(_load_last(p_k, s_kt, i_q, T, D, BD, TILE)), None), o_q, i_q)
+        b_p, b_lower = _powers(_above(b_z, top[:, None], tau[:, None], c, EXACT), r, R)
+        total = tl.sum(total_8 + tl.sum(_parts(b_p), 1), 1)
+        lower = tl.sum(lower_8 + tl.sum(_parts(b_lower), 1), 1)
+        h, step = _newton(total, lower, alpha, R, EXACT)
         if EXACT:
-            tolerance = 1e-6
-        else:
-            tolerance = TOLERANCE * (alpha - 1)
-        moving = (tl.abs(h) > tolerance) & (new_tau != tau) & (o_q < T)  # false for NaN
+            unsettled = tl.abs(h) > 1e-6
+        else:  # the step from here is within the rounding of 16 bits
+            unsettled = tl.abs(h) > tl.minimum(TOLERANCE * (alpha - 1), TOLERANCE / 2)
+        new_tau = tau + step
+        if go <= 2:  # the guess lands nearer to the root, on either side
+            new_tau = tl.where(unsettled, tl.maximum(new_tau, _guess(tau, total, lower, r, R, EXACT)), new_tau)
+        new_tau = tl.minimum(tl.maximum(new_tau, floor), ceiling)
+        moving = unsettled & (new_tau != tau) & (o_q < T)  # false for NaN
         tau = new_tau
         go = tl.where(go < MAX_SWEEPS, go + 1, 0) * tl.max(moving.to(tl.int32), 0)
 
-    # the output, and which of the tiles have support
+    # The output, and which of the listed tiles have support
+    nan = tl.max(((top != top) & (o_q < T)).to(tl.int32), 0)  # has support, though u be 0
     total_8, b_o = zero_8, tl.zeros([TILE, BD], tl.float32)
-    p_map += (i_bh.to(tl.int64) * n + i_q) * n
     for done in range(0, n_list, 32):
-        bits = tl.zeros([TILE, 8], tl.int32)
+        bits = tl.zeros([TILE // 16, 8, 4], tl.int32)
         for i in range(0, tl.minimum(n_list - done, 32)):
             j = tl.load(p_list + done + i).to(tl.int32)
-            b_z = _scores(b_q, p_k, s_kt, j, o_q, i_q, T, D, BD, TILE)
-            b_p, _ = _powers(_above(b_z, top[:, None], tau[:, None], c, EXACT), r, R)
-            b_v = _load(p_v, s_vt, j, T, D, BD, TILE)
+            b_z = _dot(b_q, tl.trans(_load(p_k, s_kt, j, D, BD, TILE)), None)
+            b_p = _powers(_above(b_z, top[:, None], tau[:, None], c, EXACT), r, R)[0]
+            b_v = _load(p_v, s_vt, j, D, BD, TILE)
             b_o = _dot(b_p.to(b_v.dtype), b_v, b_o)
             p_8 = tl.sum(_parts(b_p), 1)
             total_8 += p_8
-            bits |= (p_8 != 0).to(tl.int32) << i  # so that NaN has support
-        flags = (tl.reduce(tl.where(o_q < T, tl.reduce(bits, 1, _either), 0), 0, _either) >> o_32) & 1
-        tiles = tl.load(p_list + done + o_32, mask=done + o_32 < n_list, other=0).to(tl.int32)
-        tl.store(p_map + tiles, flags.to(tl.int8), mask=flags > 0)
-    total = tl.sum(total_8, 1)
-    h, _ = _newton(total, total, alpha, R)  # the slope of the last sweep, hardly another one, does for a last step
-    tau = tl.minimum(tl.maximum(tau + h * step, floor), ceiling)
+            bits |= _marks(p_8, EXACT) << i
+        flags = ((_word(bits) | -nan) >> o_32) & 1
+        listed = done + o_32 < n_list
+        tiles = tl.load(p_list + done + o_32, mask=listed, other=0).to(tl.int32)
+        tl.store(p_map + tiles, flags.to(tl.int8), mask=listed)
+    b_z = _causal(_dot(b_q, tl.trans(_load_last(p_k, s_kt, i_q, T, D, BD, TILE)), None), o_q, i_q)
+    b_p = _powers(_above(b_z, top[:, None], tau[:, None], c, EXACT), r, R)[0]
+    b_v = _load_last(p_v, s_vt, i_q, T, D, BD, TILE)
+    b_o = _dot(b_p.to(b_v.dtype), b_v, b_o)
+    p_8 = tl.sum(_parts(b_p), 1)
+    tl.store(p_map + i_q, ((_word(_marks(p_8, EXACT)) | -nan) & 1).to(tl.int8))
+
+    total = tl.sum(total_8 + p_8, 1)
+    _, step = _newton(total, lower, alpha, R, EXACT)  # the slope of the last sweep, hardly another one, does
+    tau = tl.minimum(tl.maximum(tau + step, floor), ceiling)
     o_row = i_bh.to(tl.int64) * n * TILE + o_q
     if EXACT:
         tl.store(p_top + o_row, top)
-        tl.store(p_tau + o_row, tau)
     else:
-        tl.store(p_tau + o_row, top * c + tau)
-    _store(p_o, H * D, i_q, T, b_o / total[:, None], D, BD, TILE)
+        tau += top * c
+    tl.store(p_tau + o_row, tl.where(o_q < T, tau, 1e30))  # p is 0 beyond T
+    _store(p_o, H * D, i_q, T, b_o * (1 / total)[:, None], D, BD, TILE)
 
 
 # -----------------------------------------------------------------------------
@@ -315,17 +421,41 @@ def _forward(
 
 @triton.jit(do_not_specialize=["n", "s_line", "s_entry"])
 def _lists(p_map, p_list, p_count, n, s_line, s_entry, BLOCK: tl.constexpr):
-    """The tiles that are marked in each line of the map (n, n), ascending: lines are its rows or its columns."""
+    """The tiles off the diagonal that are marked in each line (row or column) of the map (n, n), ascending."""
     i_bh, i_line = (tl.program_id(0) // n).to(tl.int64), (tl.program_id(0) % n).to(tl.int64)
     p_map += i_bh * n * n + i_line * s_line
     p_list += tl.program_id(0).to(tl.int64) * n
     n_list = 0
     for start in range(0, n, BLOCK):
         o_i = start + tl.arange(0, BLOCK)
-        flags = tl.load(p_map + tl.cast(o_i, tl.int64) * s_entry, mask=o_i < n, other=0).to(tl.int32)
+        mask = (o_i < n) & (o_i != i_line)
+        flags = tl.load(p_map + tl.cast(o_i, tl.int64) * s_entry, mask=mask, other=0).to(tl.int32)
         tl.store(p_list + n_list + tl.cumsum(flags, 0) - flags, o_i.to(tl.int16), mask=flags > 0)
         n_list += tl.sum(flags, 0)
     tl.store(p_count + tl.program_id(0), n_list)
+
+
+@triton.jit
+def _query_visit(
+    b_g, b_l, g_8, l_8, j, b_q, b_zo, mean, top, tau, o_q, p_k, p_v, s_kt, s_vt, T, c, r,
+    R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """Add the keys of block j to the sums of _query_gradient."""
+    if DIAGONAL:
+        b_k = _load_last(p_k, s_kt, j, T, D, BD, BN)
+        b_v = _load_last(p_v, s_vt, j, T, D, BD, BN)
+    else:
+        b_k = _load(p_k, s_kt, j, D, BD, BN)
+        b_v = _load(p_v, s_vt, j, D, BD, BN)
+    b_z = _dot(b_q, tl.trans(b_k), None)  # [TILE, BN]
+    b_zp = _dot(b_zo, tl.trans(b_v), None)
+    if DIAGONAL:
+        b_z = _causal(b_z, o_q, j)
+    _, b_lower = _powers(_above(b_z, top, tau, c, EXACT), r, R)  # p^(2 - alpha)
+    b_zs = b_lower * (b_zp - mean[:, None])
+    b_g = _dot(b_zs.to(b_k.dtype), b_k, b_g)
+    b_l = _dot(b_lower.to(b_k.dtype), b_k, b_l)
+    return b_g, b_l, g_8 + tl.sum(_parts(b_zs), 1), l_8 + tl.sum(_parts(b_lower), 1)
 
 
 @triton.jit(do_not_specialize=["T", "H", "n"])
@@ -355,29 +485,51 @@ def _query_gradient(
     o_row = i_bh.to(tl.int64) * n * TILE + o_q
     tau = tl.load(p_tau + o_row)[:, None]
     top = tl.load(p_top + o_row)[:, None] if EXACT else 0.0
-    b_q = _load(p_q, s_qt, i_q, T, D, BD, TILE)
-    b_do = _load(p_do, s_dt, i_q, T, D, BD, TILE)
-    b_o = _load(p_o, s_ot, i_q, T, D, BD, TILE)
-    mean = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
+    b_q = _in_registers(_load_last(p_q, s_qt, i_q, T, D, BD, TILE), EXACT)
+    b_zo = _in_registers(_load_last(p_do, s_dt, i_q, T, D, BD, TILE), EXACT)
+    b_o = _load_last(p_o, s_ot, i_q, T, D, BD, TILE)
+    mean = tl.sum(b_zo.to(tl.float32) * b_o.to(tl.float32), 1)
     b_g, b_l = tl.zeros([TILE, BD], tl.float32), tl.zeros([TILE, BD], tl.float32)
     g_8, l_8 = tl.zeros([TILE, 8], tl.float32), tl.zeros([TILE, 8], tl.float32)
+    for part in tl.static_range(PARTS):
+        b_g, b_l, g_8, l_8 = _query_visit(
+            b_g, b_l, g_8, l_8, i_q * PARTS + part, b_q, b_zo, mean, top, tau, o_q, p_k, p_v, s_kt, s_vt, T, c, r,
+            R, D, BD, BN, EXACT, True)  # fmt: skip
     for i in range(0, tl.load(p_count + i_list) * PARTS):
         j = tl.load(p_list + i // PARTS).to(tl.int32) * PARTS + i % PARTS
-        b_k = _load(p_k, s_kt, j, T, D, BD, BN)
-        b_v = _load(p_v, s_vt, j, T, D, BD, BN)
-        b_z = _dot(b_q, tl.trans(b_k), None)  # [TILE, BN]
-        b_dp = _dot(b_do, tl.trans(b_v), None)
-        b_z = _mask(b_z, o_q, j, i_q * PARTS, BN)
-        _, b_lower = _powers(_above(b_z, top, tau, c, EXACT), r, R)  # p^(2 - alpha)
-        b_ds = b_lower * (b_dp - mean[:, None])
-        b_g = _dot(b_ds.to(b_k.dtype), b_k, b_g)
-        b_l = _dot(b_lower.to(b_k.dtype), b_k, b_l)
-        g_8, l_8 = g_8 + tl.sum(_parts(b_ds), 1), l_8 + tl.sum(_parts(b_lower), 1)
+        b_g, b_l, g_8, l_8 = _query_visit(
+            b_g, b_l, g_8, l_8, j, b_q, b_zo, mean, top, tau, o_q, p_k, p_v, s_kt, s_vt, T, c, r,
+            R, D, BD, BN, EXACT, False)  # fmt: skip
     shift = tl.sum(g_8, 1) / tl.sum(l_8, 1)
-    b_dq = scale * (b_g - shift[:, None] * b_l)
-    b_dq = tl.where(o_q[:, None] == 0, b_dq * 0.0, b_dq)  # the row of one key: p is 1 whatever the score (or NaN)
-    tl.store(p_delta + o_row, mean + shift)
-    _store(p_dq, 3 * H * D, i_q, T, b_dq, D, BD, TILE)
+    b_zq = scale * (b_g - shift[:, None] * b_l)
+    b_zq = tl.where(o_q[:, None] == 0, b_zq * 0.0, b_zq)  # the row of one key: p is 1 whatever the score (or NaN)
+    tl.store(p_delta + o_row, tl.where(o_q < T, mean + shift, 0.0))
+    _store(p_dq, 3 * H * D, i_q, T, b_zq, D, BD, TILE)
+
+
+@triton.jit
+def _key_value_visit(
+    b_zk, b_zv, i, b_k, b_v, o_k, p_q, p_do, p_top, p_tau, p_delta, s_qt, s_dt, T, c, r,
+    R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, EXACT: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """Add the queries of block i to the sums of _key_value_gradient."""
+    o_q = i * BM + tl.arange(0, BM)
+    b_q = _load_last(p_q, s_qt, i, T, D, BD, BM)
+    b_zo = _load_last(p_do, s_dt, i, T, D, BD, BM)
+    tau = tl.load(p_tau + o_q)[None, :]
+    top = tl.load(p_top + o_q)[None, :] if EXACT else 0.0
+    b_z = _dot(b_k, tl.trans(b_q), None)  # [TILE, BM], the transpose of the scores
+    b_zp = _dot(b_v, tl.trans(b_zo), None)
+    if DIAGONAL:
+        b_z = tl.where(o_q[None, :] >= o_k[:, None], b_z, -INFINITY)
+    b_p, b_lower = _powers(_above(b_z, top, tau, c, EXACT), r, R)
+    if not EXACT:
+        b_p += tau * 0.0  # NaN where the row has NaN
+    b_zv = _dot(b_p.to(b_zo.dtype), b_zo, b_zv)
+    b_zs = b_lower * (b_zp - tl.load(p_delta + o_q)[None, :])
+    if DIAGONAL:
+        b_zs = tl.where(o_q[None, :] == 0, b_zs * 0.0, b_zs)  # the row of one key
+    return _dot(b_zs.to(b_q.dtype), b_q, b_zk), b_zv
 
 
 @triton.jit(do_not_specialize=["T", "H", "n"])
@@ -402,29 +554,20 @@ def _key_value_gradient(
     p_delta += i_bh.to(tl.int64) * n * TILE
     alpha, r, c = _parameters(p_alpha, scale, R)
     o_k = i_k * TILE + tl.arange(0, TILE)
-    b_k = _load(p_k, s_kt, i_k, T, D, BD, TILE)
-    b_v = _load(p_v, s_vt, i_k, T, D, BD, TILE)
-    b_dk, b_dv = tl.zeros([TILE, BD], tl.float32), tl.zeros([TILE, BD], tl.float32)
+    b_k = _in_registers(_load_last(p_k, s_kt, i_k, T, D, BD, TILE), EXACT)
+    b_v = _in_registers(_load_last(p_v, s_vt, i_k, T, D, BD, TILE), EXACT)
+    b_zk, b_zv = tl.zeros([TILE, BD], tl.float32), tl.zeros([TILE, BD], tl.float32)
+    for part in tl.static_range(PARTS):
+        b_zk, b_zv = _key_value_visit(
+            b_zk, b_zv, i_k * PARTS + part, b_k, b_v, o_k, p_q, p_do, p_top, p_tau, p_delta, s_qt, s_dt, T, c, r,
+            R, D, BD, BM, EXACT, True)  # fmt: skip
     for j in range(0, tl.load(p_count + tl.program_id(0)) * PARTS):
         i = tl.load(p_list + j // PARTS).to(tl.int32) * PARTS + j % PARTS
-        o_q = i * BM + tl.arange(0, BM)
-        b_q = _load(p_q, s_qt, i, T, D, BD, BM)
-        b_do = _load(p_do, s_dt, i, T, D, BD, BM)
-        tau = tl.load(p_tau + o_q)[None, :]
-        top = tl.load(p_top + o_q)[None, :] if EXACT else 0.0
-        delta = tl.load(p_delta + o_q, mask=o_q < T, other=0.0)[None, :]  # beyond T it may be NaN
-        b_z = _dot(b_k, tl.trans(b_q), None)  # [TILE, BM], the transpose of the scores
-        b_dp = _dot(b_v, tl.trans(b_do), None)
-        if i * BM < i_k * TILE + TILE:
-            b_z = tl.where(o_q[None, :] >= o_k[:, None], b_z, float("-inf"))
-        b_p, b_lower = _powers(_above(b_z, top, tau, c, EXACT), r, R)
-        b_dv = _dot(b_p.to(b_do.dtype), b_do, b_dv)
-        b_ds = b_lower * (b_dp - delta)
-        if i == 0:  # the row of one key
-            b_ds = tl.where(o_q[None, :] == 0, b_ds * 0.0, b_ds)
-        b_dk = _dot(b_ds.to(b_q.dtype), b_q, b_dk)
-    _store(p_dk, 3 * H * D, i_k, T, b_dk * scale, D, BD, TILE)
-    _store(p_dv, 3 * H * D, i_k, T, b_dv, D, BD, TILE)
+        b_zk, b_zv = _key_value_visit(
+            b_zk, b_zv, i, b_k, b_v, o_k, p_q, p_do, p_top, p_tau, p_delta, s_qt, s_dt, T, c, r,
+            R, D, BD, BM, EXACT, False)  # fmt: skip
+    _store(p_dk, 3 * H * D, i_k, T, b_zk * scale, D, BD, TILE)
+    _store(p_dv, 3 * H * D, i_k, T, b_zv, D, BD, TILE)
 
 
 # -----------------------------------------------------------------------------
@@ -432,7 +575,7 @@ def _key_value_gradient(
 
 
 # for 16 bits and D <= 64; the bounds on a thread's registers let more programs share a multiprocessor
-FORWARD = {"num_stages": 2, "maxnreg": 128}
+FORWARD = {"num_stages": 3, "maxnreg": 128}
 QUERY_GRADIENT = {"PARTS": 2, "num_stages": 3, "maxnreg": 168}
 KEY_VALUE_GRADIENT = {"PARTS": 2, "num_stages": 3, "maxnreg": 168}
 
@@ -488,7 +631,7 @@ def entmax_kernels(
     n, options, *_ = _options(q, r)
     _forward[(q.shape[0] * q.shape[1] * n,)](
         p_q=q, p_k=k, p_v=v, p_o=out, p_top=top, p_tau=tau, p_list=torch.empty_like(tile_map, dtype=torch.int16),
-        p_map=tile_map, p_alpha=alpha, scale=scale, TOLERANCE=TOLERANCE, **_strides(q=q, k=k, v=v), **options,
+        p_map=tile_map, p_alpha=alpha, scale=scale, **_strides(q=q, k=k, v=v), **options,
     )  # fmt: skip
     return out, top, tau, tile_map
 
