@@ -55,7 +55,7 @@ def _to_gradients(logits, targets, vocab_size, scale):
         losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
         _cross_entropy[(len(logits),)](
             logits, targets, losses, logits.stride(0), vocab_size, logits.shape[1], scale,
-            A=2, COLUMNS=4096, num_warps=16,
+            A=2, COLUMNS=2048, num_warps=8,
         )  # fmt: skip
         return losses
     real = logits[:, :vocab_size].float()
