@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 import tomllib
+from dataclasses import asdict
 
 import conftest
 import numpy as np
@@ -362,6 +363,9 @@ def test_the_papers_recipe():
     assert learning_rate(config, 700) == 6e-4 and learning_rate(config, 18865) < 1e-10
     for ranks, micro_batch_size in ((1, 16), (8, 64)):
         assert config.batch_size % (ranks * micro_batch_size) == 0
+    annealed = parse_config(["--config", str(ROOT / "configs/gpt2_124m_annealed.toml"), "--attention=softmax"])
+    others = {"alpha_start": 1.1, "alpha_steps": 18865 * 9 // 10, "qk_init_scale": 0.5}
+    assert asdict(annealed) == asdict(config) | others
 
 
 def test_weight_decay_is_for_matrices_and_embeddings():
