@@ -1,8 +1,9 @@
 """Causal alpha-entmax attention in Triton: the paper's algorithms; scores are recomputed tile by tile, never stored.
 
 For one row, z are its raw scores q.k, c = (alpha - 1) * scale, r = 1 / (alpha - 1), u = [c (z - max z) - tau]_+, and
-its probabilities are p = u^r; reference.py says how tau is found. A tile is TILE queries by TILE keys. On the diagonal
-some queries do not see some keys. A program takes the queries (or the keys) of one tile and visits tiles by a list:
+its probabilities are p = u^r; docs/kernels.md says how tau is found. A tile is TILE queries by TILE keys. On the
+diagonal some queries do not see some keys. A program takes the queries (or the keys) of one tile and visits tiles by a
+list:
 
     forward    finds the row maxima and, on the way, a threshold that tau cannot be below and an estimate of tau; lists
                the tiles that exceed that threshold somewhere; sweeps over these until tau stands; adds up the output
@@ -11,6 +12,9 @@ some queries do not see some keys. A program takes the queries (or the keys) of 
     query_gradient, key_value_gradient      visit the listed tiles only
 
 Each output is written by one program, in a fixed order: two calls give the same bits.
+
+Constants: R is r where alpha is known, 1 or 2, else 0, or -1 where accuracy is that of 16 bits; EXACT, inputs are
+float32; BD is D, padded to a power of two.
 
 Sources: AdaSplash (arXiv 2502.12082): algorithm 3 (tau, here with Newton's step for Halley's), 2 (forward), 5 (dQ) and
 4 (dK, dV).
@@ -26,7 +30,6 @@ from adasplash_kernels.reference import heads_last
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # Triton runs on CPU tensors, in Python
 NAN = tl.constexpr(tl.PropagateNan.ALL)
-TOLERANCE = tl.constexpr(0.24)  # on |h| / (alpha - 1), see docs/kernels.md
 MAX_SWEEPS = tl.constexpr(60)  # 1 to 3 are usual; the bound is for rows that rounding keeps from settling
 LIMIT = tl.constexpr(65536.0)  # where u saturates in the first pass, in which the maxima are not known yet
 INFINITY = tl.constexpr(float("inf"))
@@ -91,7 +94,7 @@ def _pointers(p_x, stride, i_block, BD: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load(p_x, stride, i_block, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of x, all of which there are; zero beyond D."""
+    """Rows of x, all of them within T; zero beyond D."""
     p_block = _pointers(p_x, stride, i_block, BD, BLOCK)
     if D == BD:
         return tl.load(p_block)
@@ -144,8 +147,11 @@ def _saturated(b_x, m, b_a):
 
 @triton.jit
 def _above(b_z, top, tau, c, EXACT: tl.constexpr):
-    """u, where top is the maximum. Without EXACT rounded once more, to 2^-24 of the largest score, and 0 for NaN: a row
-    with NaN is one whose maximum is NaN, so that its sums are 0, and 0 / 0 is NaN again."""
+    """u, where top is the maximum (or 0, and tau c times the maximum more).
+
+    Without EXACT rounded once more, to 2^-24 of the largest score, and 0 for NaN: the maximum of a row with NaN is NaN,
+    so that its sums are 0, and 0 times 1 / 0 is NaN again.
+    """
     if EXACT:
         return tl.maximum((b_z - top) * c - tau, 0.0, propagate_nan=NAN)
     else:
@@ -174,7 +180,7 @@ def _log2(b_x, R: tl.constexpr):
 
 @triton.jit
 def _inverse(x, EXACT: tl.constexpr):
-    """1 / x, without EXACT likewise to 2^-22."""
+    """1 / x, without EXACT to 2^-22."""
     if EXACT or INTERPRETED:
         return 1 / x
     else:
@@ -274,7 +280,7 @@ def _rise(
     far = new_floor < -LIMIT  # maxima far above what was: u may have saturated
     inverse = _inverse(new_floor, EXACT)
     _, step = _newton(least + new_total, most + new_lower, alpha, R, EXACT)
-    # floors are < 0 and end up above -1; 1e-6 is for rounding
+    # floors are < 0 and end up at -1 or above; 1e-6 is for rounding
     f = tl.where(far, 1.0, 1 + step * inverse + 1e-6)
     f = tl.maximum(tl.minimum(f, tl.minimum(-inverse, 1.0)), 1e-6)
     old_f = tl.maximum(1 - new_floor * _inverse(floor, EXACT) * (1 - f), 1e-6)
@@ -348,7 +354,7 @@ def _forward(
         n_list += tl.sum(flags, 0)
     tl.debug_barrier()  # the list is read by all from here
 
-    # Sweeps over the listed tiles and the diagonal, until tau stands; it never does beyond T, where nothing has support
+    # Sweeps over the listed tiles and the diagonal, until tau stands. Rows beyond T have none, and are not waited for
     ceiling = -tl.exp2((1 - alpha) * tl.log2((o_q + 1).to(tl.float32)))  # equal scores have tau here, others below
     ceiling = tl.where(o_q < T, ceiling, INFINITY)
     floor = tl.where(o_q < T, floor, INFINITY)
@@ -368,13 +374,14 @@ def _forward(
         h, step = _newton(total, lower, alpha, R, EXACT)
         if EXACT:
             unsettled = tl.abs(h) > 1e-6
-        else:  # the step from here is within the rounding of 16 bits
-            unsettled = tl.abs(h) > tl.minimum(TOLERANCE * (alpha - 1), TOLERANCE / 2)
+        else:  # the step from here leaves less than the rounding of p to 16 bits
+            tolerance: tl.constexpr = 0.06 if p_q.dtype.element_ty == tl.float16 else 0.24
+            unsettled = tl.abs(h) > tl.minimum(tolerance * (alpha - 1), tolerance / 2)
         new_tau = tau + step
         if go <= 2:  # the guess lands nearer to the root, on either side
             new_tau = tl.where(unsettled, tl.maximum(new_tau, _guess(tau, total, lower, r, R, EXACT)), new_tau)
         new_tau = tl.minimum(tl.maximum(new_tau, floor), ceiling)
-        moving = unsettled & (new_tau != tau) & (o_q < T)  # false for NaN
+        moving = unsettled & (new_tau != tau) & (o_q < T)  # a row with NaN has none, or a tau that stands
         tau = new_tau
         go = tl.where(go < MAX_SWEEPS, go + 1, 0) * tl.max(moving.to(tl.int32), 0)
 
@@ -404,7 +411,7 @@ def _forward(
     tl.store(p_map + i_q, ((_word(_marks(p_8, EXACT)) | -nan) & 1).to(tl.int8))
 
     total = tl.sum(total_8 + p_8, 1)
-    _, step = _newton(total, lower, alpha, R, EXACT)  # the slope of the last sweep, hardly another one, does
+    _, step = _newton(total, lower, alpha, R, EXACT)  # lower is the last sweep's: nearly the same
     tau = tl.minimum(tl.maximum(tau + step, floor), ceiling)
     o_row = i_bh.to(tl.int64) * n * TILE + o_q
     if EXACT:
