@@ -148,7 +148,7 @@ class GPT(nn.Module):
         """Entmax's alpha from now on, from 1 to 2; with softmax nothing changes.
 
         1, 1.5 and 2 have kernels of their own. All others share one that reads alpha from a tensor on the device: a
-        compiled model follows as it changes, and is not compiled again.
+        compiled model follows as it changes, and is compiled again only for one of the three.
         """
         value = alpha
         if alpha not in (1, 1.5, 2):

@@ -4,7 +4,7 @@
 
 FOLDER holds q.npy and k.npy, bfloat16 bits as uint16, (layers, heads, T, D): what a trained entmax model multiplies.
 Their times are summed over the layers. The other inputs have B * T = 65,536 and 12 heads of 64, bfloat16: Gaussian
-ones, where no tile is empty, and some that leave a chosen share of the 64 x 64 causal tiles empty. The share that
+ones, where hardly a tile is empty, and some that leave a chosen share of the 64 x 64 causal tiles empty. The share that
 entmax with alpha = 1.5 really leaves empty is counted and printed beside each. With --json a picture is drawn too.
 Peers that are not installed (see requirements.txt) or do not run are left out, with a line that says so.
 """
@@ -150,7 +150,7 @@ def cases(args):
 
 
 def draw(results, path):
-    """Forward+backward against T where no tile is empty, and against the share of empty tiles at the longest T."""
+    """Forward+backward against T for Gaussian inputs, and against the share of empty tiles at the longest T."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained")
@@ -166,7 +166,7 @@ def draw(results, path):
         by_length.plot(*zip(*made, strict=True), "o-", color=f"C{i}", label=name) if made else None
         longest = sorted((share, ms) for _, t, share, ms in measured if t == lengths[-1])
         by_share.plot(*zip(*longest, strict=True), "o-", color=f"C{i}") if longest else None
-    by_length.set(xscale="log", yscale="log", xlabel="T, tokens", title="Gaussian inputs: no empty tile")
+    by_length.set(xscale="log", yscale="log", xlabel="T, tokens", title="Gaussian inputs: hardly an empty tile")
     by_length.set_xticks(lengths, [f"{t:,}" for t in lengths], rotation=30)
     by_length.minorticks_off()
     by_share.set(xlabel="share of empty 64 x 64 tiles", title=f"T = {lengths[-1]:,}", ylim=(0, None))
