@@ -782,6 +782,9 @@ def train(config, stop):
         model = GPT(GPTConfig(n_layer, n_head, n_embd, T, vocab_size, config.attention, config.alpha))
         model.init_weights(torch.Generator().manual_seed(config.seed), config.qk_init_scale)
     check_fits(model, config.tokenizer, T)
+    begins = train_stream.shards[0][:1_000_000]
+    if config.tokenizer != "bytes" and begins.max() < VOCAB_SIZE["bytes"]:
+        raise UserError(f"tokenizer {config.tokenizer}: {train_stream.paths[0]} holds bytes, use --tokenizer bytes")
     questions = None
     if config.hellaswag:
         path = machine.from_rank_0(lambda: hellaswag.find(config.hellaswag))
@@ -798,6 +801,8 @@ def train(config, stop):
             recent_norms.extend(map(float, state["recent"]["norms"]))
         del state
     log = open_run(config, resumed, run_dir, start, evaluated) if rank == 0 else NoLog()
+    if resumed and rank == 0:
+        notice(f"going on from {resumed}")
     writer = checkpoint.Writer(run_dir, config.keep_checkpoints)
 
     def save(step, evaluated, leaving=False):
@@ -844,7 +849,7 @@ def train(config, stop):
     event = "resume" if resumed else "start"
     log.write(start, event=event, parameters=parameters, **fingerprints, **machine_record(machine))
     document_start = END_OF_TEXT[config.tokenizer]
-    if rank == 0 and not (train_stream.shards[0][:1_000_000] == document_start).any():
+    if rank == 0 and not (begins == document_start).any():
         where = f"the first tokens of {train_stream.paths[0]}"
         notice(f"no document starts (id {document_start}) in {where}: were they made by tokenizer {config.tokenizer}?")
     tokenizer = sampling_tokenizer(config) if rank == 0 else None

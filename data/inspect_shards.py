@@ -1,7 +1,7 @@
 """Look into token shards: how many tokens and documents, how the text begins, what is wrong with a bad file.
 
 python -m data.inspect_shards data/fineweb10B
-python -m data.inspect_shards 'data/python_stdlib/*.bin' --tokenizer bytes
+python -m data.inspect_shards 'data/python_stdlib/*.bin'
 python -m data.inspect_shards openwebtext/train.bin --shard_format nanogpt
 """
 
@@ -47,10 +47,10 @@ def main(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("pattern", metavar="PATTERN", help="a shard, a glob, or a folder of shards")
     parser.add_argument("--shard_format", default="auto", metavar="NAME", help="auto or nanogpt (no header) [auto]")
-    parser.add_argument("--tokenizer", default="gpt2", metavar="NAME", help="gpt2 or bytes [gpt2]")
+    parser.add_argument("--tokenizer", metavar="NAME", help="gpt2 or bytes [bytes, if that has all ids at the start]")
     args = parser.parse_args(argv)
     for name, choices in (("tokenizer", VOCAB_SIZE), ("shard_format", SHARD_FORMATS)):
-        if getattr(args, name) not in choices:
+        if getattr(args, name) not in (None, *choices):
             raise UserError(f"--{name} should be one of {', '.join(choices)}, not {getattr(args, name)!r}")
     paths = find(args.pattern)
     shards, bad = {}, {}
@@ -59,6 +59,9 @@ def main(argv=None):
             shards[path] = open_shard(path, args.shard_format)
         except UserError as error:
             bad[path] = str(error)
+    if not args.tokenizer:
+        bytes_alone = all(tokens[:BLOCK].max() < VOCAB_SIZE["bytes"] for tokens in shards.values())
+        args.tokenizer = "bytes" if bytes_alone else "gpt2"
     documents, progress = {}, Progress(sum(map(len, shards.values())), "tokens", "reading")
     for path, tokens in shards.items():
         try:

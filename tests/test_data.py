@@ -97,7 +97,7 @@ def inspect(capsys, *args):
 def test_inspect_shards(tmp_path, capsys):
     write_shard(tmp_path / "x_train_1.bin", np.array([256, *b"naive", 256, *b"text"], dtype=np.uint16))
     write_shard(tmp_path / "x_val_0.bin", np.array([256, *b"held out"], dtype=np.uint16))
-    code, out, err = inspect(capsys, tmp_path, "--tokenizer=bytes")
+    code, out, err = inspect(capsys, tmp_path)  # whose ids say that they are bytes
     assert code == 0 and "x_train_1.bin: 11 tokens, 2 documents" in out and "x_val_0.bin: 9 tokens, 1 doc" in out
     assert "2 shards: 20 tokens, 3 documents" in out and "<|endoftext|>naive<|endoftext|>text" in out
     (tmp_path / "x_val_0.bin").write_bytes((tmp_path / "x_val_0.bin").read_bytes()[:-1])

@@ -455,9 +455,14 @@ def test_a_pipe_that_closes_early(run, places):
     assert err.splitlines()[1:] == ["stopped: nobody reads the output any more"], err
 
 
-def test_the_wrong_tokenizer_is_suspected(call, shards, tmp_path):
-    """Byte shards have no id that GPT-2's vocabulary lacks, but no start of a document in it either."""
-    for tokenizer, suspected in (("gpt2", True), ("bytes", False)):
-        run_dir = tmp_path / tokenizer
-        code, _, err = call("train", "--max_steps=0", f"--tokenizer={tokenizer}", f"--run_dir={run_dir}")
-        assert code == 0 and (f"no document starts (id 50256) in the first tokens of {shards}" in err) == suspected, err
+def test_the_wrong_tokenizer_is_refused_or_suspected(call, shards, tmp_path):
+    """Byte shards have no id that GPT-2's vocabulary lacks; those of others may, or have no start of a document."""
+    code, _, err = call("train", "--max_steps=0", "--tokenizer=gpt2", f"--run_dir={tmp_path / 'bytes'}")
+    assert code == 2 and "holds bytes, use --tokenizer bytes" in err and not (tmp_path / "bytes").exists(), err
+    tokens = np.random.default_rng(0).integers(30000, size=1000).astype(np.uint16)
+    for name, first, suspected in (("other", 7, True), ("gpt2", 50256, False)):
+        tokens[0] = first
+        write_shard(tmp_path / f"{name}.bin", tokens)
+        flags = [f"--train_data={tmp_path}/{name}.bin", f"--val_data={tmp_path}/{name}.bin", "--tokenizer=gpt2"]
+        code, _, err = call("train", "--max_steps=0", *flags, f"--run_dir={tmp_path / name}", "--val_tokens=64")
+        assert code == 0 and ("no document starts (id 50256) in the first tokens of" in err) == suspected, err
