@@ -221,6 +221,7 @@ MISTAKES = [
     ("evaluate --run_dir {run} --alpha 2", "--alpha goes with --init_from: a checkpoint has its own"),
     ("export --run_dir {run}", "the following arguments are required: --out (--help lists the flags)"),
     ("export --run_dir {run} --out {here}/text", "--out {here}/text: cannot be written (File exists)"),
+    ("export --run_dir {run} --out {hf}", "--out {hf} holds a model.safetensors: name another folder, or remove it"),
     ("export --run_dir {run} --out /dev/null/x", "--out /dev/null/x: cannot be written (Not a directory)"),
     ("export --run_dir {run} --out {here}/taken", "--out {here}/taken: cannot be written (*)"),
     ("fineweb --shards 104", "--shards should be from 0 to 103, not 104"),
