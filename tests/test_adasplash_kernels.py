@@ -186,6 +186,26 @@ def test_one_key_has_no_gradient(alpha):
     assert not dq.any() and not dk.any()
 
 
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="is about the kernels")
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0))
+def test_tiles_with_support_are_visited(dtype, alpha):
+    """The map that the backward goes by has all tiles where the float64 solution has u > 1e-5, and leaves some out."""
+    from adasplash_kernels import kernels
+
+    T, tile, n, r = 300, 64, 5, {1.5: 2, 2.0: 1}.get(alpha, 0)
+    q, k, v, _ = normal_inputs(1, 3, T, T, 16, seed=1, spread=8)
+    strength = torch.rand(1, 3, n, 1, generator=torch.Generator().manual_seed(0))
+    k *= strength.repeat_interleave(tile, 2)[:, :, :T]  # some tiles hold large keys, some small ones
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    *_, tile_map = kernels.entmax_kernels(q, k, v, None if r else torch.tensor([alpha]), r, 0.25)
+    p, *_ = dense_entmax(dense_scores(q.double(), k.double(), 0.25)[0], alpha)
+    support = F.pad(p ** (alpha - 1) > 1e-5, (0, n * tile - T, 0, n * tile - T))
+    support = support.view(3, n, tile, n, tile).any(4).any(2)
+    assert not (support & ~tile_map.bool()).any()
+    assert tile_map.sum() < 3 * n * (n + 1) / 2
+
+
 @pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0))
 def test_nan_in_nan_out(alpha):
     for which in range(3):
@@ -244,7 +264,8 @@ def test_wrong_arguments():
 def test_kernels_in_the_interpreter():
     """The tests above again, small, in a process where CPU tensors go to the kernels."""
     pytest.importorskip("triton")
-    chosen = "half or extreme or nan or one_key or alpha or sum or same_bits or opcheck or 63-20-1.5 or 63-20-1.25"
+    chosen = "half or extreme or nan or one_key or alpha or sum or same_bits or opcheck or visited"
+    chosen += " or 63-20-1.5 or 63-20-1.25"
     command = [sys.executable, "-m", "pytest", "-q", "-k", chosen, "-m", "not gpu", __file__]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True)
