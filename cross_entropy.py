@@ -20,30 +20,53 @@ ROWS = 8192  # of logits at a time: enough for a matrix product at full speed, 0
 
 
 if triton is not None:
-    INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+    INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+    LOG2_E = tl.constexpr(1.4426950408889634)
 
     @triton.jit
-    def _cross_entropy(p_z, p_target, p_loss, stride, V, n_padded, scale, A: tl.constexpr, COLUMNS: tl.constexpr):
-        """One row of logits: its loss, and in the row's place scale times the gradient of that."""
+    def _again(b_x):
+        """b_x, hiding that it is the same: what follows from it is then computed again, not kept in registers."""
+        if INTERPRETED or b_x.dtype == tl.float32:
+            return b_x
+        else:
+            return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [b_x], b_x.dtype, is_pure=False, pack=2)
+
+    @triton.jit
+    def _cross_entropy(
+        p_z, p_target, p_loss, stride, V, n_padded, scale,
+        FULL: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        """One row of logits: its loss, and in the row's place scale times the gradient of that.
+
+        The row stays in registers, so it is read once: in PARTS of COLUMNS, of which FULL hold tokens alone. All is to
+        base 2, whose powers are one instruction.
+        """
         i = tl.program_id(0).to(tl.int64)
         p_z += i * stride
-        target = tl.load(p_target + i)
-        o = tl.arange(0, A)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        top = tl.full([COLUMNS], -1e38, tl.float32)  # not -inf, whose difference to itself is NaN
-        total = tl.zeros([COLUMNS], tl.float32)
-        for start in range(0, V, A * COLUMNS):  # each column has its own running maximum and sum: no thread waits
-            b_z = tl.load(p_z + start + o, mask=start + o < V, other=float("-inf")).to(tl.float32)
-            new = tl.maximum(top, tl.max(b_z, 0))
-            total = total * tl.exp(top - new) + tl.sum(tl.exp(b_z - new[None, :]), 0)
-            top = new
-        row_top = tl.max(top, 0)
-        log_sum = row_top + tl.log(tl.sum(total * tl.exp(top - row_top), 0))
-        tl.store(p_loss + i, log_sum - tl.load(p_z + target).to(tl.float32))
-        tl.debug_barrier()  # all have read the target's logit before it is overwritten
-        for start in range(0, n_padded, A * COLUMNS):
-            b_z = tl.load(p_z + start + o, mask=start + o < V, other=float("-inf")).to(tl.float32)
-            b_p = tl.exp(b_z - log_sum) - tl.where(start + o == target, 1.0, 0.0)
-            tl.store(p_z + start + o, (scale * b_p).to(p_z.dtype.element_ty), mask=start + o < n_padded)
+        p_of_target = p_z + tl.load(p_target + i)
+        of_target = tl.load(p_of_target).to(tl.float32) * LOG2_E
+        row = ()
+        for part in tl.static_range(PARTS):  # all loads first
+            o = part * COLUMNS + tl.arange(0, COLUMNS)
+            if part < FULL:
+                row += (tl.load(p_z + o),)
+            else:  # n_padded, unlike V, is known to be even: the load takes whole vectors
+                row += (tl.where(o < V, tl.load(p_z + o, mask=o < n_padded, other=0.0), float("-inf")),)
+        b_top = row[0].to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            b_top = tl.maximum(b_top, row[part].to(tl.float32))
+        top = tl.max(b_top, 0) * LOG2_E
+        b_sum = tl.zeros([COLUMNS], tl.float32)
+        for part in tl.static_range(PARTS):
+            b_sum += tl.exp2(_again(row[part]).to(tl.float32) * LOG2_E - top)
+        log_sum = top + tl.log2(tl.sum(b_sum, 0))
+        tl.store(p_loss + i, (log_sum - of_target) / LOG2_E)
+        for part in tl.static_range(PARTS):
+            o = part * COLUMNS + tl.arange(0, COLUMNS)
+            b_p = tl.exp2(_again(row[part]).to(tl.float32) * LOG2_E - log_sum)
+            tl.store(p_z + o, (scale * b_p).to(p_z.dtype.element_ty), mask=None if part < FULL else o < n_padded)
+        tl.debug_barrier()  # else another thread could store the target's column afterwards
+        tl.store(p_of_target, (scale * (tl.exp2(of_target - log_sum) - 1)).to(p_z.dtype.element_ty))
 
 
 def _to_gradients(logits, targets, vocab_size, scale):
@@ -51,11 +74,12 @@ def _to_gradients(logits, targets, vocab_size, scale):
 
     Columns from vocab_size on are no tokens: they take no part, and their gradient is 0.
     """
-    if triton is not None and (logits.is_cuda or INTERPRETED):
-        losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-        _cross_entropy[(len(logits),)](
-            logits, targets, losses, logits.stride(0), vocab_size, logits.shape[1], scale,
-            A=2, COLUMNS=2048, num_warps=8,
+    if triton is not None and (logits.is_cuda or INTERPRETED.value):
+        (N, V), COLUMNS = logits.shape, 4096
+        losses = torch.empty(N, dtype=torch.float32, device=logits.device)
+        _cross_entropy[(N,)](
+            logits, targets, losses, logits.stride(0), vocab_size, V, scale,
+            FULL=vocab_size // COLUMNS, PARTS=triton.cdiv(V, COLUMNS), COLUMNS=COLUMNS, num_warps=8,
         )  # fmt: skip
         return losses
     real = logits[:, :vocab_size].float()
@@ -86,6 +110,8 @@ def head_loss(
             torch.mm(logits, rounded, out=dx[rows])
             if x.dtype == weight.dtype:
                 dweight.addmm_(logits.T, x[rows])
+            elif x.is_cuda:  # where 16 bits can be summed up in 32
+                torch.addmm(dweight, logits.T, x[rows], out_dtype=dweight.dtype, out=dweight)
             else:
                 dweight += logits.T @ x[rows]
     return torch.cat(losses).mean(), dx, dweight
