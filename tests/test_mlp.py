@@ -1,0 +1,96 @@
+"""The fused layers with GELU against float64: python -m pytest tests/test_mlp.py (add -m gpu on a CUDA machine)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mlp import mlp, mlp_backward
+from model import GPT, GPTConfig
+
+INTERPRETED = "TRITON_INTERPRET" in os.environ  # CPU tensors go to the kernel
+
+
+def errors(N, C, W, dtype, device="cpu", size=1.0):
+    """Relative errors of the output and of the gradients by x, weight, bias and out_weight."""
+    generator = torch.Generator(device).manual_seed(N + W)
+
+    def drawn(*shape, std=1.0, dtype=dtype):
+        return (std * torch.randn(*shape, device=device, generator=generator)).to(dtype).requires_grad_()
+
+    bias_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    tensors = drawn(N, C, std=size), drawn(W, C, std=C**-0.5), drawn(W, dtype=bias_dtype), drawn(C, W, std=W**-0.5)
+    dy = drawn(N, C).detach()
+    y, _ = mlp(*tensors)
+    got = y, *torch.autograd.grad(y, tensors, dy)
+    assert [x.dtype for x in got] == [dtype, *(x.dtype for x in tensors)]
+    x, weight, bias, out_weight = exact = [x.detach().double().requires_grad_() for x in tensors]
+    y = F.gelu(x @ weight.T + bias, approximate="tanh") @ out_weight.T
+    expected = y, *torch.autograd.grad(y, exact, dy.double())
+    return [((a - b).norm() / b.norm()).item() for a, b in zip(got, expected, strict=True)]
+
+
+SHAPES = (1, 8, 32), (63, 24, 300), (300, 16, 1025)  # a program takes 128 rows and 512 columns
+
+
+@pytest.mark.parametrize("size", (1e-3, 1.0, 30.0))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_against_float64(shape, size):
+    assert max(errors(*shape, torch.float32, size=size)) < 2e-6
+    assert max(errors(*shape, torch.bfloat16, size=size)) < 0.01  # a few roundings to 8 bits
+    assert max(errors(*shape, torch.float64, size=size)) < 1e-14
+
+
+def test_what_is_not_finite_stays_so():
+    tensors = [torch.ones(3, 4), torch.ones(8, 4), torch.ones(8), torch.ones(4, 8)]
+    tensors[0][1, 2] = float("nan")
+    y, z = mlp(*tensors)
+    dx, *_ = mlp_backward(torch.ones(3, 4), tensors[0], z, tensors[1], tensors[3])
+    for x in (y, dx):
+        assert x.isfinite().all(1).tolist() == [True, False, True]
+
+
+def test_opcheck():
+    tensors = [x.requires_grad_() for x in (torch.randn(5, 4), torch.randn(8, 4), torch.randn(8), torch.randn(4, 8))]
+    torch.library.opcheck(mlp, tensors)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the interpreter run")
+def test_the_kernel_in_the_interpreter():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "float64 or finite", "-m", "not gpu", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_against_float64():
+    torch.set_float32_matmul_precision("highest")
+    for shape in (*SHAPES, (5000, 768, 3072)):
+        assert max(errors(*shape, torch.float32, "cuda")) < 1e-5
+        assert max(errors(*shape, torch.bfloat16, "cuda")) < 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", (False, True))
+def test_gpu_model_takes_it(compiled):
+    """The gradients of a model are those of the same model on the CPU, whose layers are PyTorch's."""
+    torch.set_float32_matmul_precision("highest")
+    model = GPT(GPTConfig(2, 4, 64, 128, 257))
+    model.init_weights(torch.Generator().manual_seed(0))
+    tokens = torch.randint(257, (4, 129), generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for device in ("cpu", "cuda"):
+        model, tokens = model.to(device), tokens.to(device)
+        call = torch.compile(model) if compiled and device == "cuda" else model
+        loss = call(tokens[:, :-1], tokens[:, 1:], reduction="mean")
+        gradients.append([x.cpu() for x in torch.autograd.grad(loss, list(model.parameters()))])
+    for (name, _), expected, got in zip(model.named_parameters(), *gradients, strict=True):
+        assert (got - expected).norm() <= 1e-4 * expected.norm(), name
