@@ -260,17 +260,24 @@ def over_seeds(runs):
             kind = tuple(value for name, value in values.items() if name != "seed")
             kinds.setdefault(kind, {}).setdefault(run.config.seed, run)  # a seed twice is one sample
     samples = [
-        (" + ".join(run.name for run in seeds.values()), [run.last("loss") for run in seeds.values()])
+        (" + ".join(run.name for run in seeds.values()), {seed: run.last("loss") for seed, run in seeds.items()})
         for seeds in kinds.values()
         if len(seeds) > 1
     ]
     lines = []
     for names, losses in samples:
-        spread = f"standard deviation {math.sqrt(statistics.variance(losses)):.5f}, n = {len(losses)}"
-        lines.append(f"Over seeds, {names}: mean {statistics.fmean(losses):.4f}, {spread}")
+        of_all = losses.values()
+        spread = f"standard deviation {math.sqrt(statistics.variance(of_all)):.5f}, n = {len(losses)}"
+        lines.append(f"Over seeds, {names}: mean {statistics.fmean(of_all):.4f}, {spread}")
     for names, losses in samples[1:]:
-        mean, margin = welch(samples[0][1], losses)
-        lines.append(f"Over seeds, {names} less {samples[0][0]}: {mean:+.5f} ±{margin:.5f} (95%, Welch's t, the seeds)")
+        first_names, first = samples[0]
+        if losses.keys() == first.keys():  # a seed gives both the same initial weights and order of the data
+            mean, margin = paired(*(np.array([x[seed] for seed in first]) for x in (first, losses)))
+            method = "Student's t of the differences seed by seed"
+        else:
+            mean, margin = welch(list(first.values()), list(losses.values()))
+            method = "Welch's t"
+        lines.append(f"Over seeds, {names} less {first_names}: {mean:+.5f} ±{margin:.5f} (95%, {method})")
     return lines
 
 
