@@ -271,13 +271,13 @@ def over_seeds(runs):
         lines.append(f"Over seeds, {names}: mean {statistics.fmean(of_all):.4f}, {spread}")
     for names, losses in samples[1:]:
         first_names, first = samples[0]
-        if losses.keys() == first.keys():  # a seed gives both the same initial weights and order of the data
+        if losses.keys() == first.keys():  # of one seed are the random draws of the weights and the order of the data
             mean, margin = paired(*(np.array([x[seed] for seed in first]) for x in (first, losses)))
-            method = "Student's t of the differences seed by seed"
+            method = "by Student's t of the differences seed by seed"
         else:
             mean, margin = welch(list(first.values()), list(losses.values()))
-            method = "Welch's t"
-        lines.append(f"Over seeds, {names} less {first_names}: {mean:+.5f} ±{margin:.5f} (95%, {method})")
+            method = "by Welch's t"
+        lines.append(f"Over seeds, {names} less {first_names}: {mean:+.5f} ±{margin:.5f} (95% over seeds, {method})")
     return lines
 
 

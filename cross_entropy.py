@@ -26,10 +26,9 @@ if triton is not None:
     @triton.jit
     def _again(b_x):
         """b_x, hiding that it is the same: what follows from it is then computed again, not kept in registers."""
-        if INTERPRETED or b_x.dtype == tl.float32:
-            return b_x
-        else:
-            return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [b_x], b_x.dtype, is_pure=False, pack=2)
+        if not INTERPRETED and b_x.dtype.primitive_bitwidth == 16:
+            b_x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [b_x], b_x.dtype, is_pure=False, pack=2)
+        return b_x
 
     @triton.jit
     def _cross_entropy(
@@ -38,8 +37,8 @@ if triton is not None:
     ):  # fmt: skip
         """One row of logits: its loss, and in the row's place scale times the gradient of that.
 
-        The row stays in registers, so it is read once: in PARTS of COLUMNS, of which FULL hold tokens alone. All is to
-        base 2, whose powers are one instruction.
+        The row is read once and, of 16 bits, stays in registers: PARTS of COLUMNS, the first FULL without padding. All
+        is to base 2, whose powers are one instruction.
         """
         i = tl.program_id(0).to(tl.int64)
         p_z += i * stride
@@ -50,7 +49,7 @@ if triton is not None:
             o = part * COLUMNS + tl.arange(0, COLUMNS)
             if part < FULL:
                 row += (tl.load(p_z + o),)
-            else:  # n_padded, unlike V, is known to be even: the load takes whole vectors
+            else:  # by n_padded, which Triton sees to be a multiple of 16, whole vectors are loaded; not by V
                 row += (tl.where(o < V, tl.load(p_z + o, mask=o < n_padded, other=0.0), float("-inf")),)
         b_top = row[0].to(tl.float32)
         for part in tl.static_range(1, PARTS):
@@ -74,12 +73,12 @@ def _to_gradients(logits, targets, vocab_size, scale):
 
     Columns from vocab_size on are no tokens: they take no part, and their gradient is 0.
     """
-    if triton is not None and (logits.is_cuda or INTERPRETED.value):
-        (N, V), COLUMNS = logits.shape, 4096
+    if triton is not None and (logits.is_cuda or INTERPRETED.value) and logits.dtype != torch.float64:
+        (N, n_padded), COLUMNS = logits.shape, 4096
         losses = torch.empty(N, dtype=torch.float32, device=logits.device)
         _cross_entropy[(N,)](
-            logits, targets, losses, logits.stride(0), vocab_size, V, scale,
-            FULL=vocab_size // COLUMNS, PARTS=triton.cdiv(V, COLUMNS), COLUMNS=COLUMNS, num_warps=8,
+            logits, targets, losses, logits.stride(0), vocab_size, n_padded, scale,
+            FULL=vocab_size // COLUMNS, PARTS=triton.cdiv(n_padded, COLUMNS), COLUMNS=COLUMNS, num_warps=8,
         )  # fmt: skip
         return losses
     real = logits[:, :vocab_size].float()
@@ -97,9 +96,10 @@ def head_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The mean cross-entropy in nats, () float32, of the logits x weight^T; its gradients by x and by weight.
 
-    x: (N, C) hidden states, in the dtype of the products; weight: (V, C) float32; targets: (N,) int64 < vocab_size.
+    x: (N, C) hidden states, N > 0, in the dtype of the products: bfloat16, or weight's; weight: (V, C) float32;
+    targets: (N,) int64, from 0 to vocab_size - 1, which nobody checks.
     """
-    N, losses, dx = len(x), [], torch.empty_like(x)
+    N, losses, dx, targets = len(x), [], torch.empty_like(x), targets.contiguous()
     dweight = torch.zeros_like(weight)
     with torch.autocast(x.device.type, enabled=False):
         rounded = weight.to(x.dtype)
@@ -110,7 +110,7 @@ def head_loss(
             torch.mm(logits, rounded, out=dx[rows])
             if x.dtype == weight.dtype:
                 dweight.addmm_(logits.T, x[rows])
-            elif x.is_cuda:  # where 16 bits can be summed up in 32
+            elif x.is_cuda:  # which sums 16 bits up in 32
                 torch.addmm(dweight, logits.T, x[rows], out_dtype=dweight.dtype, out=dweight)
             else:
                 dweight += logits.T @ x[rows]
@@ -124,6 +124,8 @@ def _(x, weight, targets, vocab_size):
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for those, either
 
 
 def _backward(ctx, dloss, *_):

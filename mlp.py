@@ -59,7 +59,8 @@ def mlp(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """GELU(x weight^T + bias) out_weight^T, (N, C), and GELU's argument, (N, W), for the backward pass.
 
-    x (N, C), weight (W, C) and out_weight (C, W) of one dtype; bias (W) of that or a wider one.
+    x (N, C), weight (W, C) and out_weight (C, W) of one dtype, that of autocast where it is on; bias (W) of that or a
+    wider one.
     """
     z = torch.addmm(bias.to(x.dtype), x, weight.T)
     return F.gelu(z, approximate="tanh") @ out_weight.T, z
@@ -77,19 +78,21 @@ def mlp_backward(
 
 @mlp.register_fake
 def _(x, weight, bias, out_weight):
-    return torch.empty_like(x), x.new_empty(len(x), len(weight))
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], weight.shape[0])
 
 
 @mlp_backward.register_fake
 def _(dy, x, z, weight, out_weight):
-    dbias = x.new_empty(len(weight), dtype=torch.promote_types(x.dtype, torch.float32))
-    return torch.empty_like(x), torch.empty_like(weight), dbias, torch.empty_like(out_weight)
+    dbias = x.new_empty(weight.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(x.shape), x.new_empty(weight.shape), dbias, x.new_empty(out_weight.shape)
 
 
 def _setup_context(ctx, inputs, output):
     x, weight, bias, out_weight = inputs
     ctx.dtype = bias.dtype
     ctx.save_for_backward(x, output[1], weight, out_weight)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for that, either
 
 
 def _backward(ctx, dy, _):

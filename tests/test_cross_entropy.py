@@ -41,7 +41,7 @@ def errors(x, weight, targets, vocab_size):
 
 
 @pytest.mark.parametrize("size", (1.0, 100.0))
-@pytest.mark.parametrize("N, V, vocab_size", ((1, 16, 16), (63, 384, 257), (200, 8320, 8200)))
+@pytest.mark.parametrize("N, V, vocab_size", ((1, 16, 16), (63, 384, 257), (5, 4096, 4096), (200, 8320, 8200)))
 def test_loss_and_gradients(monkeypatch, N, V, vocab_size, size):
     monkeypatch.setattr(cross_entropy, "ROWS", 64)
     found, no_tokens = errors(*drawn(N, V, vocab_size, 24, torch.float32, size=size), vocab_size)
@@ -66,6 +66,13 @@ def test_what_is_not_finite_stays_so(bad):
     assert not torch.autograd.grad(loss, x)[0][2].isfinite().all()
 
 
+def test_targets_that_lie_apart():
+    x, weight, targets = drawn(20, 16, 13, 8, torch.float32)
+    apart = torch.stack([torch.zeros_like(targets), targets], 1)[:, 1]
+    for one, other in zip(head_loss(x, weight, apart, 13), head_loss(x, weight, targets, 13), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_opcheck():
     x, weight, targets = drawn(20, 16, 13, 8, torch.float32)
     torch.library.opcheck(head_loss, (x.requires_grad_(), weight.requires_grad_(), targets, 13))
@@ -74,7 +81,7 @@ def test_opcheck():
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter run")
 def test_the_kernel_in_the_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "gradients or finite", "-m", "not gpu", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "gradients or finite or apart", "-m", "not gpu", __file__]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
