@@ -73,7 +73,7 @@ def _to_gradients(logits, targets, vocab_size, scale):
 
     Columns from vocab_size on are no tokens: they take no part, and their gradient is 0.
     """
-    if triton is not None and (logits.is_cuda or INTERPRETED.value) and logits.dtype != torch.float64:
+    if triton is not None and (logits.is_cuda or INTERPRETED.value):
         (N, n_padded), COLUMNS = logits.shape, 4096
         losses = torch.empty(N, dtype=torch.float32, device=logits.device)
         _cross_entropy[(N,)](

@@ -625,8 +625,13 @@ def unpacked(qkv):
     return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def _attend(q, k, v, alpha, r, scale):
-    """What both operators do; if one called the other, PyTorch's dispatcher would be gone through twice."""
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, alpha: torch.Tensor | None, r: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v (B, H, T, D), D <= 128, float32 or 16 bits -> out, and what the backward needs (see _saved).
+
+    alpha: one-element float32 tensor, or None and r = 1 / (alpha - 1), 1 or 2.
+    """
     q, k, v = _readable(q), _readable(k), _readable(v)
     out, (top, tau, tile_map) = heads_last(q), _saved(q)
     n, options, *_ = _options(q, r)
@@ -637,22 +642,15 @@ def _attend(q, k, v, alpha, r, scale):
     return out, top, tau, tile_map
 
 
-@torch.library.custom_op("adasplash::entmax", mutates_args=())
-def entmax_kernels(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, alpha: torch.Tensor | None, r: int, scale: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v (B, H, T, D), D <= 128, float32 or 16 bits -> out, and what the backward needs (see _saved).
-
-    alpha: one-element float32 tensor, or None and r = 1 / (alpha - 1), 1 or 2.
-    """
-    return _attend(q, k, v, alpha, r, scale)
+# not called by the other operator, so that PyTorch's dispatcher is gone through once
+entmax_kernels = torch.library.custom_op("adasplash::entmax", _attend, mutates_args=())
 
 
 @torch.library.custom_op("adasplash::entmax_packed", mutates_args=())
 def entmax_kernels_packed(
     qkv: torch.Tensor, alpha: torch.Tensor | None, r: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same of qkv (B, T, 3, H, D), whose gradient is one tensor too."""
+    """The same (see _attend) of qkv (B, T, 3, H, D), whose gradient is one tensor too."""
     return _attend(*unpacked(qkv), alpha, r, scale)
 
 

@@ -82,6 +82,15 @@ def call(main, capsys, *args):
     return code, *capsys.readouterr()
 
 
+def run_in_interpreter(file, chosen):
+    """Those tests of a file once more, in a process where Triton runs kernels on CPU tensors. Skips without Triton."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-k", chosen, "-m", "not gpu", file]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
 def read_log(run_dir):
     """The records of a run without those of its starts, and without times and memory."""
     records = [json.loads(line) for line in (Path(run_dir) / "log.jsonl").read_text().splitlines()]

@@ -3,13 +3,11 @@
 import math
 import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run_in_interpreter
 
 from adasplash_kernels import _operator, causal_entmax_attention, causal_entmax_attention_qkvpacked
 
@@ -263,13 +261,8 @@ def test_wrong_arguments():
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="is the interpreter run")
 def test_kernels_in_the_interpreter():
     """The tests above again, small, in a process where CPU tensors go to the kernels."""
-    pytest.importorskip("triton")
     chosen = "half or extreme or nan or one_key or alpha or sum or same_bits or opcheck or visited"
-    chosen += " or 63-20-1.5 or 63-20-1.25"
-    command = [sys.executable, "-m", "pytest", "-q", "-k", chosen, "-m", "not gpu", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:]
+    run_in_interpreter(__file__, f"{chosen} or 63-20-1.5 or 63-20-1.25")
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="compiles for GPUs")

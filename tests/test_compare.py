@@ -353,10 +353,8 @@ def test_seeds(here, capsys, no_figure):
     difference = means["entmax"] - means["softmax"]
     by_seed = [final[f"entmax-{s}"] - final[f"softmax-{s}"] for s in (1, 2)]
     margin = 12.7062 * abs(by_seed[0] - by_seed[1]) / 2  # t with one degree of freedom; sqrt(2) / sqrt(2) drop out
-    assert (
-        f"{name}: {difference:+.5f} ±{margin:.5f} (95% over seeds, by Student's t of the differences seed by seed)"
-        in out
-    )
+    method = "Student's t of the differences seed by seed"
+    assert f"{name}: {difference:+.5f} ±{margin:.5f} (95% over seeds, by {method})" in out
     rewrite(here / "entmax-2" / "config.toml", "\nseed = 2", "\nseed = 3")
     a, b = variances["softmax"] / 2, variances["entmax"] / 2
     margin = margin_by_integration((a + b) ** 2 / (a**2 + b**2), math.sqrt(a + b))

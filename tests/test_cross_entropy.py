@@ -2,13 +2,11 @@
 
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run_in_interpreter
 
 import cross_entropy
 from cross_entropy import head_loss
@@ -80,11 +78,7 @@ def test_opcheck():
 
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter run")
 def test_the_kernel_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "gradients or finite or apart", "-m", "not gpu", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:]
+    run_in_interpreter(__file__, "gradients or finite or apart")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="models are for PyTorch here")

@@ -1,13 +1,11 @@
 """The fused layers with GELU against float64: python -m pytest tests/test_mlp.py (add -m gpu on a CUDA machine)."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run_in_interpreter
 
 from mlp import mlp, mlp_backward
 from model import GPT, GPTConfig
@@ -62,11 +60,7 @@ def test_opcheck():
 
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter run")
 def test_the_kernel_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "float64 or finite", "-m", "not gpu", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:]
+    run_in_interpreter(__file__, "float64 or finite")
 
 
 @pytest.mark.gpu
