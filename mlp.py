@@ -41,7 +41,8 @@ if triton is not None:
         tl.store(p_sums + i_rows * C + o_c, tl.sum(b_sum, 0), mask=o_c < C)
 
 
-def _to_gradient(z, d):
+@torch.library.custom_op("gpt2::gelu_gradient", mutates_args=("d",))
+def gelu_gradient(z: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """GELU(z), (N, C), and the bias's gradient, (C) float32 or wider; d, by GELU(z), becomes the gradient by z."""
     if triton is None or not (z.is_cuda or INTERPRETED) or z.dtype == torch.float64:
         d.copy_(torch.ops.aten.gelu_backward(d, z, approximate="tanh"))
@@ -53,50 +54,33 @@ def _to_gradient(z, d):
     return a, sums.sum(0)
 
 
-@torch.library.custom_op("gpt2::mlp", mutates_args=())
-def mlp(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out_weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """GELU(x weight^T + bias) out_weight^T, (N, C), and GELU's argument, (N, W), for the backward pass.
+@gelu_gradient.register_fake
+def _(z, d):
+    return z.new_empty(z.shape), z.new_empty(z.shape[1], dtype=torch.promote_types(z.dtype, torch.float32))
 
-    GELU by tanh: Hendrycks and Gimpel, arXiv 1606.08415, section 2.
+
+class _MLP(torch.autograd.Function):
+    """Only the kernel is an operator of its own: the compiler sees, and calls, the matrix products."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, out_weight):
+        z = torch.addmm(bias.to(x.dtype), x, weight.T)
+        ctx.save_for_backward(x, z, weight, out_weight)
+        ctx.bias_dtype = bias.dtype
+        return F.gelu(z, approximate="tanh") @ out_weight.T
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, z, weight, out_weight = ctx.saved_tensors
+        dz = dy @ out_weight
+        a, dbias = gelu_gradient(z, dz)
+        return dz @ weight, dz.T @ x, dbias.to(ctx.bias_dtype), dy.T @ a
+
+
+def mlp(x, weight, bias, out_weight):
+    """GELU(x weight^T + bias) out_weight^T, (N, C).
+
     x (N, C), weight (W, C) and out_weight (C, W) of one dtype, that of autocast where it is on; bias (W) of that or a
     wider one.
     """
-    z = torch.addmm(bias.to(x.dtype), x, weight.T)
-    return F.gelu(z, approximate="tanh") @ out_weight.T, z
-
-
-@torch.library.custom_op("gpt2::mlp_backward", mutates_args=())
-def mlp_backward(
-    dy: torch.Tensor, x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, out_weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of mlp() with respect to x, weight, bias (float32 or wider) and out_weight."""
-    dz = dy @ out_weight
-    a, dbias = _to_gradient(z, dz)
-    return dz @ weight, dz.T @ x, dbias, dy.T @ a
-
-
-@mlp.register_fake
-def _(x, weight, bias, out_weight):
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], weight.shape[0])
-
-
-@mlp_backward.register_fake
-def _(dy, x, z, weight, out_weight):
-    dbias = x.new_empty(weight.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
-    return x.new_empty(x.shape), x.new_empty(weight.shape), dbias, x.new_empty(out_weight.shape)
-
-
-def _setup_context(ctx, inputs, output):
-    x, weight, _, out_weight = inputs
-    ctx.save_for_backward(x, output[1], weight, out_weight)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros for that, either
-
-
-def _backward(ctx, dy, _):
-    return mlp_backward(dy.contiguous(), *ctx.saved_tensors)
-
-
-mlp.register_autograd(_backward, setup_context=_setup_context)
+    return _MLP.apply(x, weight, bias, out_weight)

@@ -94,7 +94,7 @@ class MLP(nn.Module):
         if not x.is_cuda:
             return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
         rows = rounded(x).flatten(0, 1)  # the same up to rounding, in less memory and time
-        y, _ = mlp(rows, rounded(self.c_fc.weight), self.c_fc.bias, rounded(self.c_proj.weight))
+        y = mlp(rows, rounded(self.c_fc.weight), self.c_fc.bias, rounded(self.c_proj.weight))
         return y.view_as(x) + rounded(self.c_proj.bias)
 
 
