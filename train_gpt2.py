@@ -618,6 +618,17 @@ def load_optimizer(optimizer, state):
             raise ValueError("the optimizer is that of another model")
 
 
+def compile_model(model):
+    """A GPT, compiled for one shape of batches and replayed as CUDA graphs where there is CUDA.
+
+    What a graph returned, its next replay overwrites. So gradients add up in tensors of their own, which have to stay:
+    zero_grad(set_to_none=False).
+    """
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return torch.compile(model, dynamic=False, fullgraph=True, mode="reduce-overhead")
+
+
 def add_gradients(model, batches, micro_batches, machine):
     """Forward and backward over a step's micro-batches, whose gradients add up.
 
@@ -842,7 +853,7 @@ def train(config, stop):
             notice(f"stopped by {reason} after step {step}: python train_gpt2.py {go_on}")
 
     # `model` holds the weights; `run_model` is how a batch goes through them
-    compiled = torch.compile(model, dynamic=False, fullgraph=True) if config.compile else model
+    compiled = compile_model(model) if config.compile else model
     run_model = DistributedDataParallel(compiled, gradient_as_bucket_view=True) if world_size > 1 else compiled
 
     parameters, width = sum(p.numel() for p in model.parameters()), model.config.n_layer * model.config.n_embd
@@ -909,7 +920,7 @@ def train(config, stop):
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=False)  # see compile_model
             step, evaluated = step + 1, False  # this step is done, its evaluations are not
 
             seconds = time.perf_counter() - began

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint
 from data.shards import TokenStream, find_shards, training_batches
 from model import GPT, SIZES, GPTConfig
-from train_gpt2 import Config, add_gradients, make_optimizer, peak_flops, start_machine
+from train_gpt2 import Config, add_gradients, compile_model, make_optimizer, peak_flops, start_machine
 
 VOCAB_SIZE = 50257
 WARM_UP = 2  # steps before those that count
@@ -153,7 +153,9 @@ def measure(case, micro_batch_size, args):
     optimizer = make_optimizer(model, Config())
     for group in optimizer.param_groups:  # the weights stay as they are, and so do the tiles that they leave empty
         group["lr"] = 0.0
-    compiled = torch.compile(model, dynamic=False, fullgraph=True) if args.compile == "true" else model
+    compiled = model
+    if args.compile == "true":
+        compiled = torch.compile(model, dynamic=False, fullgraph=True) if case == "baseline" else compile_model(model)
     batches = batches_of(args, micro_batch_size, device)
 
     def step():
@@ -162,7 +164,7 @@ def measure(case, micro_batch_size, args):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         assert math.isfinite(loss) and math.isfinite(norm)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=case == "baseline")
         if device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -180,13 +182,16 @@ def measure(case, micro_batch_size, args):
     parameters = sum(p.numel() for p in model.parameters())
     flops = (6 * parameters + 12 * n_layer * C * args.sequence_length) * tokens
     peak = peak_flops(device)
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    memory, reserved = None, None
+    if device.type == "cuda":
+        memory, reserved = torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9
     return {
         "tokens_per_s": tokens / seconds,
         "step_ms": 1e3 * seconds,
         "slowest_step_ms": 1e3 * max(times),
         "mfu": flops / seconds / peak if peak else None,
-        "peak_memory_gb": memory and memory / 1e9,
+        "peak_memory_gb": memory,
+        "reserved_memory_gb": reserved,
         "first_step_s": first_step_s,
         "breakdown": breakdown(step, device),
     }
