@@ -15,6 +15,7 @@ try:
 except ModuleNotFoundError:
     triton = None  # not on this platform
 
+ROWS = 128  # of a program of the kernel
 
 if triton is not None:
     INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs on CPU tensors, in Python
@@ -41,22 +42,29 @@ if triton is not None:
         tl.store(p_sums + i_rows * C + o_c, tl.sum(b_sum, 0), mask=o_c < C)
 
 
+def _takes_kernel(z):
+    return triton is not None and (z.is_cuda or INTERPRETED) and z.dtype != torch.float64
+
+
 @torch.library.custom_op("gpt2::gelu_gradient", mutates_args=("d",))
 def gelu_gradient(z: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """GELU(z), (N, C), and the bias's gradient, (C) float32 or wider; d, by GELU(z), becomes the gradient by z."""
-    if triton is None or not (z.is_cuda or INTERPRETED) or z.dtype == torch.float64:
+    """Of z (N, C) and d, dL/dGELU(z), which becomes dL/dz: GELU(z), and the sums of dL/dz over blocks of rows.
+
+    These are (blocks, C) float32 or wider; to add them up, for the gradient of a bias, is left to the compiler.
+    """
+    a, sums = _like_gelu_gradient(z, d)
+    if not _takes_kernel(z):
         d.copy_(torch.ops.aten.gelu_backward(d, z, approximate="tanh"))
-        return F.gelu(z, approximate="tanh"), d.sum(0, dtype=torch.promote_types(d.dtype, torch.float32))
-    (N, C), ROWS, COLUMNS = z.shape, 128, 512
-    a, blocks = torch.empty_like(z), triton.cdiv(N, ROWS)
-    sums = torch.empty(blocks, C, dtype=torch.float32, device=z.device)
-    _gelu_gradient[(blocks, triton.cdiv(C, COLUMNS))](z, d, a, sums, N, C, ROWS=ROWS, A=4, COLUMNS=COLUMNS)
-    return a, sums.sum(0)
+        return F.gelu(z, approximate="tanh"), torch.sum(d, 0, keepdim=True, dtype=sums.dtype)
+    (N, C), COLUMNS = z.shape, 512
+    _gelu_gradient[(len(sums), triton.cdiv(C, COLUMNS))](z, d, a, sums, N, C, ROWS=ROWS, A=4, COLUMNS=COLUMNS)
+    return a, sums
 
 
 @gelu_gradient.register_fake
-def _(z, d):
-    return z.new_empty(z.shape), z.new_empty(z.shape[1], dtype=torch.promote_types(z.dtype, torch.float32))
+def _like_gelu_gradient(z, d):
+    blocks = -(-len(z) // ROWS) if _takes_kernel(z) else 1
+    return z.new_empty(z.shape), z.new_empty(blocks, z.shape[1], dtype=torch.promote_types(z.dtype, torch.float32))
 
 
 class _MLP(torch.autograd.Function):
@@ -73,8 +81,8 @@ class _MLP(torch.autograd.Function):
     def backward(ctx, dy):
         x, z, weight, out_weight = ctx.saved_tensors
         dz = dy @ out_weight
-        a, dbias = gelu_gradient(z, dz)
-        return dz @ weight, dz.T @ x, dbias.to(ctx.bias_dtype), dy.T @ a
+        a, sums = gelu_gradient(z, dz)
+        return dz @ weight, dz.T @ x, sums.sum(0).to(ctx.bias_dtype), dy.T @ a
 
 
 def mlp(x, weight, bias, out_weight):
