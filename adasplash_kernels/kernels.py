@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from adasplash_kernels.reference import heads_last
+from adasplash_kernels.reference import heads_last, operator
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # Triton runs on CPU tensors, in Python
 NAN = tl.constexpr(tl.PropagateNan.ALL)
@@ -643,10 +643,10 @@ def _attend(
 
 
 # not called by the other operator, so that PyTorch's dispatcher is gone through once
-entmax_kernels = torch.library.custom_op("adasplash::entmax", _attend, mutates_args=())
+entmax_kernels = operator("adasplash::entmax")(_attend)
 
 
-@torch.library.custom_op("adasplash::entmax_packed", mutates_args=())
+@operator("adasplash::entmax_packed")
 def entmax_kernels_packed(
     qkv: torch.Tensor, alpha: torch.Tensor | None, r: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -654,7 +654,7 @@ def entmax_kernels_packed(
     return _attend(*unpacked(qkv), alpha, r, scale)
 
 
-@torch.library.custom_op("adasplash::entmax_backward", mutates_args=())
+@operator("adasplash::entmax_backward")
 def entmax_kernels_backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, top: torch.Tensor,
     tau: torch.Tensor, tile_map: torch.Tensor, alpha: torch.Tensor | None, r: int, scale: float,
@@ -681,18 +681,18 @@ def _gradient_like(q):
     return q.new_empty(B, T, 3, H, D)
 
 
-@entmax_kernels.register_fake
+@torch.library.register_fake("adasplash::entmax")
 def _(q, k, v, alpha, r, scale):
     return heads_last(q), *_saved(q)
 
 
-@entmax_kernels_packed.register_fake
+@torch.library.register_fake("adasplash::entmax_packed")
 def _(qkv, alpha, r, scale):
     q, _, _ = unpacked(qkv)
     return heads_last(q), *_saved(q)
 
 
-@entmax_kernels_backward.register_fake
+@torch.library.register_fake("adasplash::entmax_backward")
 def _(dout, q, k, v, out, top, tau, tile_map, alpha, r, scale):
     return _gradient_like(q)
 
@@ -712,5 +712,5 @@ def _backward_packed(ctx, dout, *_):
     return entmax_kernels_backward(dout, *unpacked(qkv), *saved, alpha, ctx.r, ctx.scale), None, None, None
 
 
-entmax_kernels.register_autograd(_backward, setup_context=_setup_context)
-entmax_kernels_packed.register_autograd(_backward_packed, setup_context=_setup_context)
+torch.library.register_autograd("adasplash::entmax", _backward, setup_context=_setup_context)
+torch.library.register_autograd("adasplash::entmax_packed", _backward_packed, setup_context=_setup_context)

@@ -3,11 +3,13 @@
 import math
 import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_in_interpreter
+from conftest import ROOT, run_in_interpreter
 
 from adasplash_kernels import _operator, causal_entmax_attention, causal_entmax_attention_qkvpacked
 
@@ -316,6 +318,17 @@ def test_opcheck():
         if "TRITON_INTERPRET" in os.environ:
             qkv = torch.randn(1, 9, 3, 2, 16, requires_grad=True)
             torch.library.opcheck(torch.ops.adasplash.entmax_packed.default, (qkv, alpha, r, 0.25))
+
+
+def test_the_first_call_does_not_import_the_compiler():
+    """That takes seconds, which whoever does not compile should not wait for."""
+    lines = (
+        "import sys, torch",
+        "from adasplash_kernels import causal_entmax_attention",
+        "causal_entmax_attention(*torch.randn(3, 1, 1, 9, 16, requires_grad=True)).sum().backward()",
+        "assert 'torch._dynamo' not in sys.modules",
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, cwd=ROOT)
 
 
 def test_compile_in_one_graph():
