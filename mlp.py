@@ -88,6 +88,7 @@ class _MLP(torch.autograd.Function):
 def mlp(x, weight, bias, out_weight):
     """GELU(x weight^T + bias) out_weight^T, (N, C).
 
+    GELU by tanh: Hendrycks and Gimpel, arXiv 1606.08415, section 2.
     x (N, C), weight (W, C) and out_weight (C, W) of one dtype, that of autocast where it is on; bias (W) of that or a
     wider one.
     """
