@@ -89,7 +89,8 @@ def attention_weights(q, k, alpha, scale):
 def operator(name):
     """A decorator that makes a function of tensors, which changes none of them, the PyTorch operator of that name.
 
-    So does torch.library.custom_op, which costs some 45 µs more a call, and imports the compiler at the first: seconds.
+    So does torch.library.custom_op, but that takes some 45 µs more a call, and seconds at the first, which imports the
+    compiler.
     """
 
     def register(function):
