@@ -52,11 +52,11 @@ def gelu_gradient(z: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch
 
     These are (blocks, C) float32 or wider; to add them up, for the gradient of a bias, is left to the compiler.
     """
-    a, sums = _like_gelu_gradient(z, d)
     if not _takes_kernel(z):
         d.copy_(torch.ops.aten.gelu_backward(d, z, approximate="tanh"))
-        return F.gelu(z, approximate="tanh"), torch.sum(d, 0, keepdim=True, dtype=sums.dtype)
+        return F.gelu(z, approximate="tanh"), d.sum(0, keepdim=True, dtype=torch.promote_types(d.dtype, torch.float32))
     (N, C), COLUMNS = z.shape, 512
+    a, sums = _like_gelu_gradient(z, d)
     _gelu_gradient[(len(sums), triton.cdiv(C, COLUMNS))](z, d, a, sums, N, C, ROWS=ROWS, A=4, COLUMNS=COLUMNS)
     return a, sums
 
