@@ -106,15 +106,15 @@ def read_run(path, name):
             tokens = record["step"] * config.batch_size * config.sequence_length
             validations.append(Validation(record["step"], tokens, hours, record["val_loss"]))
     start = next((r for r in reversed(records) if r.get("event") in ("start", "resume")), {})
-    evaluation = read_evaluation(path, validations[-1].step) if validations else None
+    evaluation = read_evaluation(path, validations[-1]) if validations else None
     return Run(path, name, config, records, validations, start, evaluation)
 
 
-def read_evaluation(path, step):
-    """The Evaluation in a run's evaluation.npz; None if that is missing, damaged or of another step."""
+def read_evaluation(path, validation):
+    """The Evaluation in a run's evaluation.npz; None if that is missing, damaged or not of this validation."""
     try:
         with np.load(path / "evaluation.npz", allow_pickle=False) as file:
-            if int(file["step"]) != step:
+            if int(file["step"]) != validation.step or abs(file["val_losses"].mean() - validation.loss) > 1e-6:
                 return None
             of_text = str(file["val_data"]), int(file["sequence_length"]), file["val_losses"]
             return Evaluation(*of_text, str(file["hellaswag"]), file["hellaswag_right"])

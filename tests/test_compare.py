@@ -58,12 +58,16 @@ def losses(runs, shards):
     return result
 
 
-def leave_evaluation(run_dir, losses, **changes):
-    """Write another evaluation.npz."""
+def leave_evaluation(run_dir, losses, in_log=True, **changes):
+    """Write another evaluation.npz, and its loss into the log."""
     fingerprint = torch.load(run_dir / "checkpoint_8", weights_only=True)["data"]["val_data"]
     values = {"step": 8, "sequence_length": 64, "val_data": fingerprint, "val_losses": losses}
     values |= {"hellaswag": "", "hellaswag_right": []}
     np.savez(run_dir / "evaluation.npz", **values | changes)
+    if in_log:
+        *before, last = (run_dir / "log.jsonl").read_text().split('"val_loss": ')
+        last = f"{(values | changes)['val_losses'].mean()}{last[last.index(',') :]}"
+        (run_dir / "log.jsonl").write_text('"val_loss": '.join([*before, last]))
 
 
 @pytest.fixture
@@ -195,8 +199,9 @@ def test_without_a_sound_file_the_checkpoint_gives_the_same(here, losses, capsys
     assert "softmax-1/checkpoint_8" not in err
 
 
-def test_an_older_file_is_not_taken(here, losses, capsys, no_figure):
-    leave_evaluation(here / "entmax-1", losses["entmax-1"] + 1, step=4)
+@pytest.mark.parametrize("changes", [{"step": 4}, {}])
+def test_an_older_file_or_one_of_another_run_is_not_taken(here, losses, capsys, no_figure, changes):
+    leave_evaluation(here / "entmax-1", losses["entmax-1"] + 1, in_log=False, **changes)
     (_, row), err = table(capsys, "softmax-1", "entmax-1")
     assert row["difference"] == pytest.approx((losses["entmax-1"] - losses["softmax-1"]).mean(), abs=1e-6)
     assert "entmax-1: no sound evaluation.npz of step 8" in err
