@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from adasplash_kernels import causal_entmax_attention, causal_entmax_attention_qkvpacked
+from adasplash_kernels import SOFTMAX, causal_entmax_attention, causal_entmax_attention_qkvpacked
 from cli import UserError
 from cross_entropy import ROWS, head_loss
 from mlp import mlp
@@ -149,7 +149,7 @@ class GPT(nn.Module):
         1, 1.5 and 2 have kernels of their own. All others share one that reads alpha from a tensor on the device: a
         compiled model follows as it changes, and is compiled again only for one of the three.
         """
-        value = alpha
+        value = alpha = 1 if alpha < SOFTMAX else alpha
         if alpha not in (1, 1.5, 2):
             value = self.h[0].attn.alpha
             if isinstance(value, torch.Tensor):

@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
 
 __all__ = ["causal_entmax_attention", "causal_entmax_attention_qkvpacked"]
 
+SOFTMAX = 1.00001  # below it, alpha is taken for 1: 1 / (alpha - 1) times the rounding of float32 would be more
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -24,8 +25,8 @@ def causal_entmax_attention(q, k, v, alpha=1.5, scale=None):
 
     q: (B, H, R, D); k, v: (B, H, T, D) with 1 <= R <= T: the queries are the last R of the T positions.
         float32, bfloat16 or float16, summed in float32; float64, D > 128 and R < T are left to the reference.
-    alpha: 1 is softmax, 2 sparsemax. A number, or a one-element float32 tensor on q's device with 1 < alpha <= 2:
-        the host never reads that, so a compiled or captured model follows as it changes.
+    alpha: 1 is softmax, as is a number below 1.00001; 2 is sparsemax. A number, or a one-element float32 tensor on q's
+        device from there to 2: the host never reads that, so a compiled or captured model follows as it changes.
     scale: of the scores q.k, positive; 1 / sqrt(D) by default.
     Returns (B, H, R, D) in q's dtype, in memory (B, R, H, D). Differentiable once with respect to q, k and v.
     Raises TypeError for a wrong dtype or device and ValueError for a wrong shape, alpha or scale.
@@ -54,7 +55,7 @@ def causal_entmax_attention_qkvpacked(qkv, alpha=1.5, scale=None):
 
 
 def _is_softmax(alpha):
-    return not isinstance(alpha, torch.Tensor) and alpha == 1
+    return not isinstance(alpha, torch.Tensor) and alpha < SOFTMAX
 
 
 def _parameters(q, alpha, scale):

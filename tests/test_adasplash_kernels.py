@@ -219,7 +219,8 @@ def test_nan_in_nan_out(alpha):
 def test_alpha_one_is_softmax():
     q, k, v, _ = normal_inputs(2, 2, 33, 33, 16)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(causal_entmax_attention(q, k, v, 1), expected)
+    for alpha in (1, 1 + 1e-9, 1.000009):
+        torch.testing.assert_close(causal_entmax_attention(q, k, v, alpha), expected)
 
 
 @pytest.mark.parametrize("alpha", (1.00005, 1.0005, 1.005))
