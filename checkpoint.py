@@ -4,8 +4,10 @@ A checkpoint is a dictionary of tensors and plain values, written by torch.save 
 step, model (weights, float32), gpt_config, optimizer, rng, config (the run's fields), and fingerprints of its data.
 """
 
+import errno
 import os
 import re
+import shutil
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -55,7 +57,16 @@ def save(state, run_dir, keep=0):
         raise Failure(f"{path}: cannot be written ({reason}): is the disk full?") from error
     if keep:
         for old in list(checkpoints(run_dir).values())[:-keep]:
-            old.unlink()
+            if old != path:  # which steps without effect may have followed
+                old.unlink()
+
+
+def copy(path, to):
+    """Make `to` a copy of a checkpoint, whole or not there, unless it is that file. Raises OSError."""
+    if not (to.exists() and to.samefile(path)):
+        temporary = to.with_name(to.name + ".tmp")
+        shutil.copyfile(path, temporary)
+        temporary.replace(to)
 
 
 def copied(state):
@@ -104,7 +115,7 @@ def sync_folder(folder):
 def is_sound(path):
     """Whether every byte of the file is what was written, by the checksums that torch.save puts in it.
 
-    Raises UserError if it may not be read.
+    Raises UserError if that cannot be told, as it cannot be read.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -113,8 +124,12 @@ def is_sound(path):
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & 16 for entry in entries):
                 return False
             return archive.testzip() is None
-    except PermissionError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # a damaged table sends the reader to places that no file has
+            return False
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except MemoryError:
+        raise
     except Exception:  # there is one for each kind of damage
         return False
 

@@ -128,7 +128,7 @@ class Progress:
         elif not self.quiet and (time.monotonic() - self.last_line >= 10 or self.done == self.total):
             self.last_line = time.monotonic()
             rate = (self.done - self.first) / max(self.last_line - self.started, 1e-9)
-            eta = time.strftime("%H:%M:%S", time.gmtime((self.total - self.done) / rate)) if rate else "?"
+            eta = timedelta(seconds=int((self.total - self.done) / rate)) if rate else "?"
             line = f"{self.label} {self.done}/{self.total} {self.unit} | {rate:.3g} {self.unit}/s | ETA {eta}"
             print(f"{line} | {note}" if note else line, file=sys.stderr, flush=True)
 

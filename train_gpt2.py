@@ -12,6 +12,7 @@ Continue a run that was stopped:
 
 import atexit
 import gc
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ import sys
 import time
 import tomllib
 from collections import deque
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timedelta
 from hashlib import sha256
@@ -41,7 +42,7 @@ import cli
 from cli import Failure, Parser, Progress, UserError, nearest, notice, say
 from data import hellaswag, python_stdlib
 from data.hellaswag import HellaSwag
-from data.shards import SHARD_FORMATS, TokenStream, find_shards, training_batches
+from data.shards import SHARD_FORMATS, TokenStream, find_shards, only_writer, training_batches
 from data.tokenizer import END_OF_TEXT, VOCAB_SIZE, decode, load_tokenizer
 from model import GPT, SIZES, GPTConfig, load_hf
 
@@ -251,16 +252,16 @@ class Machine:
         return tensor
 
     def from_rank_0(self, function):
-        """What function() returns on rank 0, or its UserError, on every rank."""
+        """What function() returns on rank 0, or its UserError or Failure, on every rank."""
         result = [None]
         if self.rank == 0:
             try:
                 result = [function()]
-            except UserError as error:
+            except (UserError, Failure) as error:
                 result = [error]
         if self.world_size > 1:
             dist.broadcast_object_list(result, src=0)
-        if isinstance(result[0], UserError):
+        if isinstance(result[0], UserError | Failure):
             raise result[0]
         return result[0]
 
@@ -471,29 +472,23 @@ def saved_config(state):
         raise ValueError(error) from error
 
 
-def choose_checkpoint(config):
-    """The path of the checkpoint to resume from, or None for a fresh start."""
-    if config.resume == "never":
-        return None
-    if config.resume == "auto":
-        if not config.run_dir:
-            raise UserError("--resume auto needs --run_dir, the folder of the run to go on with")
-        newest = checkpoint.newest_sound(config.run_dir)
-        if newest is None:
-            notice(f"--run_dir {config.run_dir} holds no checkpoint to go on from: starting at step 0")
-        return newest
-    if os.path.isdir(config.resume):
-        raise UserError(f"--resume {config.resume} is a folder: use --run_dir {config.resume} --resume auto")
-    if not os.path.isfile(config.resume):
-        raise UserError(f"--resume {config.resume}: no such checkpoint (never, auto, or a checkpoint's path)")
-    return Path(config.resume)
+def choose_start(config, claims):
+    """The run's folder, None for one that has no name yet, and the checkpoint to resume from, None for a fresh start.
 
-
-def choose_run_dir(config, resumed):
-    """The run's folder, refused if it holds a run that is not the one resumed (a checkpoint's path or None)."""
-    if not config.run_dir:
-        return resumed.parent if resumed else new_run_dir(config)
-    run_dir = Path(config.run_dir)
+    claims: an ExitStack that keeps other processes from training in that folder for as long as it lasts.
+    """
+    resumed = None
+    if config.resume == "auto" and not config.run_dir:
+        raise UserError("--resume auto needs --run_dir, the folder of the run to go on with")
+    if config.resume not in ("never", "auto"):
+        if os.path.isdir(config.resume):
+            raise UserError(f"--resume {config.resume} is a folder: use --run_dir {config.resume} --resume auto")
+        if not os.path.isfile(config.resume):
+            raise UserError(f"--resume {config.resume}: no such checkpoint (never, auto, or a checkpoint's path)")
+        resumed = Path(config.resume)
+    if not config.run_dir and not resumed:
+        return None, None
+    run_dir = Path(config.run_dir) if config.run_dir else resumed.parent
     holds_a_run = any(os.path.exists(run_dir / name) for name in ("config.toml", "log.jsonl"))
     holds_a_run = holds_a_run or checkpoint.checkpoints(run_dir)
     goes_on = config.resume == "auto" or resumed and resumed.parent.resolve() == run_dir.resolve()
@@ -502,12 +497,32 @@ def choose_run_dir(config, resumed):
             f"--run_dir {run_dir} holds a run: --config {run_dir}/config.toml --resume auto goes on with it, or name "
             "another folder"
         )
-    return run_dir
+    if config.resume == "auto":
+        if run_dir.exists():  # now, or two could go on from one checkpoint
+            claims.enter_context(only_writer(run_dir, "--run_dir"))
+        resumed = checkpoint.newest_sound(run_dir)
+        if resumed is None and checkpoint.checkpoints(run_dir):
+            raise UserError(f"--run_dir {run_dir}: no checkpoint is sound; move them away to start at step 0 there")
+        if resumed is None:
+            notice(f"--run_dir {run_dir} holds no checkpoint to go on from: starting at step 0")
+    return run_dir, resumed
 
 
-def new_run_dir(config):
+def make_run_dir(config, run_dir, claims):
+    """The run's folder, made and claimed (see choose_start) now that nothing else stands in the way of the run."""
     name = f"runs/{config.model}-{config.attention}-{datetime.now():%Y%m%d-%H%M%S}"
-    return next(p for i in range(1000) if not (p := Path(f"{name}-{i}" if i else name)).exists())
+    names = (Path(f"{name}-{i}" if i else name) for i in itertools.count())
+    while run_dir is None:
+        path = next(names)
+        try:
+            path.mkdir(parents=True)
+            run_dir = path
+        except FileExistsError:  # another run's, of this second
+            pass
+        except OSError as error:
+            raise UserError(f"{path}: cannot be made ({error.strerror}): name a folder by --run_dir") from error
+    claims.enter_context(only_writer(run_dir, "--run_dir"))
+    return run_dir
 
 
 def check_resumable(config, state, data):
@@ -534,10 +549,12 @@ def check_resumable(config, state, data):
 def open_run(config, resumed, run_dir, step, evaluated):
     """Make or reopen the run directory: write config.toml, cut the log (and later checkpoints) back to `step`.
 
+    A checkpoint of another run is copied there first, so that this one can go on from it again.
     evaluated: whether all evaluations of that step are done, and stay in the log.
     """
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        if resumed:
+            checkpoint.copy(resumed, run_dir / f"checkpoint_{step}")
         text = to_toml(config, without=("run_dir", "resume"))
         (run_dir / "config.toml").write_text(text, encoding="utf-8")
         path, earlier = run_dir / "log.jsonl", ()
@@ -548,8 +565,9 @@ def open_run(config, resumed, run_dir, step, evaluated):
             path.replace(old)
             notice(f"the log of the run that was there before is kept as {old}")
         log = RunLog(path, earlier)
-        for unfinished in run_dir.glob("checkpoint_*.tmp"):
-            unfinished.unlink()
+        stale = [] if resumed else ["evaluation.npz", "sparsity.json"]  # compare.py takes them for this run's
+        for path in [*run_dir.glob("checkpoint_*.tmp"), *(run_dir / name for name in stale)]:
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--run_dir {run_dir}: cannot be written ({error.strerror})") from error
     for later, path in checkpoint.checkpoints(run_dir).items():
@@ -742,7 +760,8 @@ def print_sample(model, config, machine, tokenizer, step):
 # training
 
 
-def train(config, stop):
+def train(config, stop, claims):
+    """claims: an ExitStack, which ends after the run."""
     machine = start_machine(config.device, config.dtype, config.deterministic, stop)
     device, rank, world_size = machine.device, machine.rank, machine.world_size
     torch.manual_seed(config.seed)
@@ -769,11 +788,10 @@ def train(config, stop):
     fingerprints = {"train_data": train_stream.fingerprint(), "val_data": val_stream.fingerprint()}
 
     settings = {k: v for k, v in asdict(config).items() if k not in ("train_data", "val_data", "hellaswag")}
-    machine.check_agreement(configuration=settings, data=fingerprints, program={"version": code_version()})
+    machine.check_agreement(program={"version": code_version()}, configuration=settings, data=fingerprints)
 
     # where to start from: a checkpoint, someone else's weights, or new ones
-    resumed = machine.from_rank_0(lambda: choose_checkpoint(config))
-    run_dir = machine.from_rank_0(lambda: choose_run_dir(config, resumed))
+    run_dir, resumed = machine.from_rank_0(lambda: choose_start(config, claims))
     start, evaluated = 0, False
     recent_losses, recent_norms = deque(maxlen=128), deque(maxlen=128)
     if resumed:
@@ -811,6 +829,7 @@ def train(config, stop):
             recent_losses.extend(map(float, state["recent"]["losses"]))
             recent_norms.extend(map(float, state["recent"]["norms"]))
         del state
+    run_dir = machine.from_rank_0(lambda: make_run_dir(config, run_dir, claims))
     log = open_run(config, resumed, run_dir, start, evaluated) if rank == 0 else NoLog()
     if resumed and rank == 0:
         notice(f"going on from {resumed}")
@@ -944,7 +963,7 @@ def train(config, stop):
                 writer.finish()
                 raise Failure(
                     f"stopped: {MAX_SKIPPED} steps in a row had no finite loss or gradient. The weights from before "
-                    f"are in {run_dir}/checkpoint_{step - MAX_SKIPPED}; a lower learning_rate may help"
+                    f"are in {run_dir}/checkpoint_{step - MAX_SKIPPED}; a new run with a lower learning_rate may help"
                 )
     except (UserError, RuntimeError, BrokenPipeError):
         # a damaged shard, a lost process, a closed terminal: the weights are those of whole steps, and good
@@ -986,8 +1005,8 @@ def smaller_micro_batch(config):
 def main(argv=None):
     config = parse_config(argv)
     try:
-        with Stop() as stop:
-            train(config, stop)
+        with Stop() as stop, ExitStack() as claims:
+            train(config, stop, claims)
     except (RuntimeError, MemoryError) as error:
         cli.explain_memory(error, smaller_micro_batch(config))
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

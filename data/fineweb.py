@@ -95,7 +95,7 @@ def download(name, shards, folder):
     """Fetch the validation shard and the first training shards of a set into `folder`."""
     repository, prefix, _ = SETS[name]
     files = [f"{prefix}_val_000000.bin"] + [f"{prefix}_train_{i:06d}.bin" for i in range(1, shards + 1)]
-    with only_writer(folder):
+    with only_writer(folder, "--dir"):
         missing = [file for file in files if not is_sound(folder / file)]
         done_mb = sum((folder / file).stat().st_size for file in set(files) - set(missing)) // 10**6
         progress = Progress(done_mb + SHARD_MB * len(missing), "MB", "downloading", done=done_mb)

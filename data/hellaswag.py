@@ -6,6 +6,7 @@ ending's tokens (acc_norm, which does not favour short endings) or their sum (ac
 
 import http.client
 import json
+import os
 import urllib.request
 from contextlib import suppress
 from hashlib import sha256
@@ -34,7 +35,7 @@ def find(source):
 
 def download(path):
     """Fetch the validation set; the file has its name only once all examples were found in it."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may start at once
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -106,6 +106,8 @@ def _open_npy(path):
     if tokens.dtype != np.uint16 or tokens.ndim != 1:
         raise UserError(f"{path}: an array of {tokens.dtype} {tokens.shape}, a shard is one dimension of uint16")
     size = path.stat().st_size
+    if not len(tokens):
+        raise UserError(f"{path}: an array without tokens: make or fetch it again")
     if size != tokens.offset + tokens.nbytes:
         raise UserError(
             f"{path}: the header promises {len(tokens)} tokens ({tokens.offset + tokens.nbytes} bytes), the file has "
@@ -124,16 +126,21 @@ def writing(path):
 
 
 @contextmanager
-def only_writer(folder):
-    """Make a folder, and guard it against other processes that want to write shards there."""
-    lock = FileLock(folder / ".lock")
+def only_writer(folder, flag):
+    """Make a folder, and guard it against other processes that want to write there. Raises UserError.
+
+    flag: by which the user named it.
+    """
+    lock = FileLock(folder / ".lock", is_singleton=True)  # the same process may enter again
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"{folder}: another process is writing there") from None
+        raise UserError(f"{flag} {folder}: another process is writing there") from None
+    except NotImplementedError:  # a file system without locks
+        pass
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made or written to ({error.strerror or error})") from error
+        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror or error})") from error
     try:
         yield
     finally:

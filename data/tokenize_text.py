@@ -347,7 +347,7 @@ def main(argv=None):
     job = {name: getattr(args, name) for name in ("tokenizer", "field", "shard_tokens", "val_tokens")}
     job |= {"files": len(paths), "bytes": sum(size for _, size, _ in stats)}
     job["names, sizes and dates of the files"] = hashlib.sha256(repr(stats).encode()).hexdigest()
-    with only_writer(folder):
+    with only_writer(folder, "--out"):
         state = write_shards(paths, folder, job, args.workers)
     seconds, tokens = time.monotonic() - began, sum(len(open_shard(folder / name)) for name in state["shards"])
     notice(

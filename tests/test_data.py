@@ -43,7 +43,8 @@ def test_npy_shards_are_read(tmp_path):
     assert open_shard(tmp_path / "a.npy").tolist() == [1, 2, 3]
     np.save(tmp_path / "b.npy", np.array([1, 2, 3], dtype=np.int32))
     (tmp_path / "c.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-2])
-    for name in ("b.npy", "c.npy"):
+    np.save(tmp_path / "d.npy", np.array([], dtype=np.uint16))
+    for name in ("b.npy", "c.npy", "d.npy"):
         with pytest.raises(UserError, match=name):
             open_shard(tmp_path / name)
 

@@ -3,6 +3,7 @@
 The long ones, 25 kills and a soak of SOAK_MINUTES (2 without): python -m pytest -m slow -s tests/test_faults.py
 """
 
+import errno
 import json
 import math
 import os
@@ -19,13 +20,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_log
+from conftest import ROOT, call, read_log
 
 import checkpoint
 from checkpoint import checkpoints
 from cli import Failure
 from data.shards import BatchOrder, TokenStream, training_batches, write_shard
-from train_gpt2 import z_score
+from train_gpt2 import main, z_score
 
 # A run that writes slowly: kills then fall inside checkpoint writes too.
 SLOW_WRITES = """
@@ -424,6 +425,45 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed, run, flags, tmp_path):
         code, _, err = run("train_gpt2.py", *flags, "--max_steps=12", f"--run_dir={folder}", "--resume=auto")
         assert code == 0 and f"{newest} is damaged: passed over" in err, err
         assert_same_run(folder, undisturbed)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_damaged(undisturbed, flags, tmp_path, monkeypatch, capsys):
+    """A disk or a file server that fails for a while costs no checkpoint."""
+    shutil.copytree(undisturbed, tmp_path / "run")
+    before = checkpoints(tmp_path / "run")
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("zipfile.ZipFile.testzip", fail)
+    code, _, err = call(main, capsys, *flags, f"--run_dir={tmp_path / 'run'}", "--resume=auto")
+    assert code == 2 and f"checkpoint_{max(before)}: cannot be read (Input/output error)" in err, err
+    assert checkpoints(tmp_path / "run") == before
+
+
+def test_no_checkpoint_is_sound(undisturbed, flags, tmp_path, capsys):
+    """Then the run is not begun anew in their place."""
+    shutil.copytree(undisturbed, tmp_path / "run")
+    for path in (before := checkpoints(tmp_path / "run")).values():
+        path.write_bytes(path.read_bytes()[:-1000])
+    code, _, err = call(main, capsys, *flags, f"--run_dir={tmp_path / 'run'}", "--resume=auto")
+    assert code == 2 and "no checkpoint is sound" in err, err
+    assert checkpoints(tmp_path / "run") == before
+
+
+def test_a_folder_is_one_process_alone(start, run, flags, tmp_path):
+    command = ["train_gpt2.py", *flags, "--max_steps=100000", "--val_every=0", "--run_dir=run", "--resume=auto"]
+    process = start(*command)
+    wait_until(lambda: steps_logged(tmp_path / "run") >= 3, process)
+    code, _, err = run(*command)
+    assert code == 2 and "--run_dir run: another process is writing there" in err, err
+    process.kill()
+    process.communicate()
+    done = steps_logged(tmp_path / "run")
+    process = start(*command)  # now that nobody is there
+    wait_until(lambda: steps_logged(tmp_path / "run") > done, process)
+    process.kill()
+    process.communicate()
 
 
 def test_training_waits_for_the_copy_alone(tmp_path, monkeypatch):

@@ -198,6 +198,8 @@ def test_resume_from_a_named_checkpoint_forks_the_run(whole_runs, run, flags, tm
     path = whole_runs / "entmax" / "checkpoint_6"
     code, _, err = run("train_gpt2.py", *flags, f"--resume={path}", "--run_dir=fork", "--micro_batch_size=2")
     assert code == 0, err
+    # it goes on from there again, should it be killed before a checkpoint of its own
+    assert (tmp_path / "fork" / "checkpoint_6").read_bytes() == path.read_bytes()
     fork, whole = read_log(tmp_path / "fork"), read_log(whole_runs / "entmax")
     assert [r for r in fork if r["step"] <= 6] == [r for r in whole if r["step"] <= 6]
     np.testing.assert_allclose(losses(tmp_path / "fork"), losses(whole_runs / "entmax"), rtol=2e-5)
@@ -344,6 +346,13 @@ def test_steps_without_a_finite_loss_are_skipped_then_training_stops(flags, tmp_
     assert ["skipped" in r for r in records] == [False] + [True] * 10
     assert math.isfinite(records[0]["train_loss"]) and records[1]["train_loss"] is None
     assert list(checkpoints(tmp_path / "blown")) == [1]
+
+
+def test_the_weights_from_before_are_kept(flags, tmp_path, capsys):
+    """Though checkpoints of the steps without effect are newer."""
+    changed = ["--learning_rate=1e30", "--max_steps=100", "--val_every=0", "--checkpoint_every=2", "--warmup_steps=0"]
+    code, err = call(capsys, *flags, *changed, "--keep_checkpoints=2", f"--run_dir={tmp_path / 'blown'}")
+    assert code == 1 and "blown/checkpoint_1;" in err and 1 in checkpoints(tmp_path / "blown")
 
 
 def test_schedule():
