@@ -53,8 +53,8 @@ def save(state, run_dir, keep=0):
     except (OSError, RuntimeError) as error:  # torch's RuntimeError hides that of the disk
         temporary.unlink(missing_ok=True)
         disk = error if isinstance(error, OSError) else error.__context__
-        reason = disk.strerror if isinstance(disk, OSError) else str(error).splitlines()[0]
-        raise Failure(f"{path}: cannot be written ({reason}): is the disk full?") from error
+        reason = disk.strerror if isinstance(disk, OSError) else f"{str(error).splitlines()[0]}: is the disk full?"
+        raise Failure(f"{path}: cannot be written ({reason})") from error
     if keep:
         for old in list(checkpoints(run_dir).values())[:-keep]:
             if old != path:  # which steps without effect may have followed

@@ -5,10 +5,12 @@ Exit codes: 0 done, 2 a user's mistake, 1 a failure.
 
 import argparse
 import difflib
+import errno
 import os
 import re
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 from tqdm import tqdm
@@ -74,6 +76,13 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python writes there once more at its end
         print("stopped: nobody reads the output any more", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(OSError):
+            print(f"error: the output cannot be written ({error.strerror})", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(1)
@@ -100,8 +109,9 @@ def say_once(message):
 
 
 def notice(message):
-    """One line on stderr, above a progress bar if there is one."""
-    tqdm.write(message, file=sys.stderr)
+    """One line on stderr, above a progress bar if there is one. Where that is closed, nothing happens."""
+    with suppress(OSError):
+        tqdm.write(message, file=sys.stderr)
 
 
 def say(message):
@@ -122,6 +132,10 @@ class Progress:
     def update(self, n=1, note=""):
         """n more units are done; `note` is shown beside them."""
         self.done += n
+        with suppress(OSError):  # a terminal that was closed
+            self.show(n, note)
+
+    def show(self, n, note):
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(n)
@@ -139,5 +153,6 @@ class Progress:
             self.bar.total = total
 
     def close(self):
-        if self.bar is not None:
-            self.bar.close()
+        with suppress(OSError):
+            if self.bar is not None:
+                self.bar.close()

@@ -32,6 +32,7 @@ from train_gpt2 import (
     MAY_DIFFER,
     Config,
     add_fields,
+    count_lines,
     parse_value,
     read_log,
     read_toml,
@@ -91,7 +92,7 @@ def read_run(path, name):
             raise UserError(f"{path}: holds no run (no {needed} there)")
     log = path / "log.jsonl"
     try:
-        lines = log.read_text(errors="replace").count("\n")  # what follows the last one is being written
+        lines = count_lines(log)
         records = read_log(log, math.inf, evaluated=True)
     except OSError as error:
         raise UserError(f"{log}: cannot be read ({error.strerror})") from error
@@ -331,17 +332,25 @@ def row(run, first):
     return values | (against(run, first) if run is not first else {})
 
 
+def text(run):
+    """What a run validated on: (fingerprint of the shards, tokens a sequence, sequences)."""
+    if run.evaluation:
+        return run.evaluation.val_data, run.evaluation.sequence_length, len(run.evaluation.losses)
+    T, tokens = run.config.sequence_length, [r["val_tokens"] for r in run.records if "val_tokens" in r]
+    return run.start.get("val_data"), T, tokens[-1] // T if tokens else 0
+
+
 def against(run, first):
     """The values of ROWS that compare a run with the first; a line on stderr where their texts are not the same."""
     values, a, b = {}, first.evaluation, run.evaluation
-    if run.validations and first.validations:
+    same_text = text(run) == text(first)
+    if run.validations and first.validations and not same_text:
+        notice(f"no difference for {run.path}: it validated on other sequences than {first.path}")
+    elif run.validations and first.validations:
         values["difference"] = run.last("loss") - first.last("loss")
     if a and b:
-        if (a.val_data, a.sequence_length, len(a.losses)) == (b.val_data, b.sequence_length, len(b.losses)):
+        if same_text:
             values["difference"], values["difference_margin_95"] = paired(a.losses, b.losses)
-        else:
-            notice(f"no difference for {run.path}: it validated on other sequences than {first.path}")
-            values["difference"] = None
         if a.hellaswag and (a.hellaswag, len(a.right)) == (b.hellaswag, len(b.right)):
             values["hellaswag_p"] = mcnemar(a.right, b.right)
         elif a.hellaswag and b.hellaswag:

@@ -105,7 +105,7 @@ def plan_sparsity(args, config, tokenizer_name):
 
 def keep_sparsity(args, plan, measured, model, step, settings, machine):
     """Draw what --sparsity measured; of a run's own validation text, write it where compare.py finds it too."""
-    if args.run_dir and not args.val_data and not args.sequence_length:
+    if args.run_dir and not (args.val_data or args.sequence_length or args.val_tokens):
         path = Path(args.run_dir) / "sparsity.json"
         try:
             sparsity.write(path, json.dumps({"step": step, "alpha": model.config.alpha} | measured).encode())

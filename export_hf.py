@@ -21,6 +21,8 @@ def main(argv=None):
     source.add_argument("--checkpoint", metavar="PATH", help="take this checkpoint")
     parser.add_argument("--out", metavar="FOLDER", required=True, help="folder for config.json and model.safetensors")
     args = parser.parse_args(argv)
+    if not args.out:
+        raise UserError("--out is empty: name a folder")
     if os.path.isfile(os.path.join(args.out, "model.safetensors")):
         raise UserError(f"--out {args.out} holds a model.safetensors: name another folder, or remove it")
     state = checkpoint.load_from(args.run_dir, args.checkpoint)

@@ -17,6 +17,8 @@ import json
 import math
 import os
 import platform
+import shlex
+import shutil
 import signal
 import statistics
 import sys
@@ -202,7 +204,7 @@ def parse_config(argv=None):
 
 
 class Stop:
-    """Inside `with`, notes the first SIGTERM, SIGUSR1 or SIGINT, so that training ends in order; a second SIGINT kills.
+    """Inside `with`, notes the first of some signals, so that training ends in order; a second SIGINT kills.
 
     name: of the signal, None before.
     """
@@ -211,9 +213,9 @@ class Stop:
         self.name, self.since, self.before = None, 0.0, {}
 
     def __enter__(self):
-        for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                number = getattr(signal, name)
+        for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has not all of them
+            if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):  # which nohup asks for
                 self.before[number] = signal.signal(number, self.note)
         return self
 
@@ -416,14 +418,23 @@ MAY_DIFFER |= {"hellaswag", "shard_format"}  # the tokens that come of a format 
 MAY_DIFFER |= {f.name for f in fields(Config) if f.name.endswith("_every")}
 
 
+def replace_text(path, text):
+    """Write a file that is whole or as it was. Raises OSError."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 class RunLog:
     """log.jsonl, one JSON object an event, each flushed. A step is in it once, also after a resume."""
 
     def __init__(self, path, earlier=()):
         """earlier: the records to begin with; what else the file holds is cut off."""
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in earlier))
-        temporary.replace(path)
+        replace_text(path, "".join(json.dumps(record) + "\n" for record in earlier))
         self.path, self.file = path, open(path, "a")
 
     def write(self, step, **values):
@@ -447,6 +458,10 @@ class NoLog:
 
     def write(self, step, **values):
         pass
+
+
+def count_lines(path):
+    return path.read_text(errors="replace").count("\n") if path.exists() else 0  # the last one may be cut short
 
 
 def read_log(path, last_step, evaluated):
@@ -546,6 +561,23 @@ def check_resumable(config, state, data):
         notice(moved)
 
 
+def open_log(resumed, run_dir, step, evaluated):
+    """The run's log, cut back to `step`. What else there is of value in the file that was there is kept beside it."""
+    path, old = run_dir / "log.jsonl", run_dir / f"log-{datetime.now():%Y%m%d-%H%M%S}.jsonl"
+    earlier, there = [], read_log(path, math.inf, evaluated=True)
+    if resumed:
+        earlier = read_log(resumed.parent / "log.jsonl", step, evaluated)
+        if step > 0 and not any("train_loss" in record for record in earlier):
+            notice(f"{resumed.parent}/log.jsonl has no steps: the log begins with step {step}")
+    if len(there) < count_lines(path):
+        shutil.copyfile(path, old)
+        notice(f"{path}: line {len(there) + 1} is damaged: the log goes on there, and as it was is kept as {old}")
+    elif not resumed and any("train_loss" in record for record in there):
+        shutil.copyfile(path, old)
+        notice(f"the log of the run that was there before is kept as {old}")
+    return RunLog(path, earlier)
+
+
 def open_run(config, resumed, run_dir, step, evaluated):
     """Make or reopen the run directory: write config.toml, cut the log (and later checkpoints) back to `step`.
 
@@ -555,16 +587,9 @@ def open_run(config, resumed, run_dir, step, evaluated):
     try:
         if resumed:
             checkpoint.copy(resumed, run_dir / f"checkpoint_{step}")
+        log = open_log(resumed, run_dir, step, evaluated)
         text = to_toml(config, without=("run_dir", "resume"))
-        (run_dir / "config.toml").write_text(text, encoding="utf-8")
-        path, earlier = run_dir / "log.jsonl", ()
-        if resumed:
-            earlier = read_log(resumed.parent / "log.jsonl", step, evaluated)
-        elif any("train_loss" in record for record in read_log(path, math.inf, evaluated)):
-            old = run_dir / f"log-{datetime.now():%Y%m%d-%H%M%S}.jsonl"
-            path.replace(old)
-            notice(f"the log of the run that was there before is kept as {old}")
-        log = RunLog(path, earlier)
+        replace_text(run_dir / "config.toml", text)
         stale = [] if resumed else ["evaluation.npz", "sparsity.json"]  # compare.py takes them for this run's
         for path in [*run_dir.glob("checkpoint_*.tmp"), *(run_dir / name for name in stale)]:
             path.unlink(missing_ok=True)
@@ -868,7 +893,8 @@ def train(config, stop, claims):
                 save(step, evaluated, leaving=True)
             writer.finish()
             reason = reason or stop.name or "a signal to another process"
-            go_on = f"--config {run_dir}/config.toml --run_dir {run_dir} --resume auto"
+            quoted = shlex.quote(str(run_dir))
+            go_on = f"--config {quoted}/config.toml --run_dir {quoted} --resume auto"
             notice(f"stopped by {reason} after step {step}: python train_gpt2.py {go_on}")
 
     # `model` holds the weights; `run_model` is how a batch goes through them
@@ -965,7 +991,7 @@ def train(config, stop, claims):
                     f"stopped: {MAX_SKIPPED} steps in a row had no finite loss or gradient. The weights from before "
                     f"are in {run_dir}/checkpoint_{step - MAX_SKIPPED}; a new run with a lower learning_rate may help"
                 )
-    except (UserError, RuntimeError, BrokenPipeError):
+    except (UserError, RuntimeError, OSError):
         # a damaged shard, a lost process, a closed terminal: the weights are those of whole steps, and good
         if step > start:
             try:

@@ -224,10 +224,8 @@ class TokenStream:
             stop = min(end, int(self.starts[i + 1]))
             part = self.shards[i][begin - int(self.starts[i]) : stop - int(self.starts[i])]
             if part.size and int(part.max()) >= self.vocab_size:
-                raise UserError(
-                    f"{self.paths[i]}: token id {int(part.max())}, but the vocabulary has {self.vocab_size} ids: "
-                    "were these shards made with another tokenizer?"
-                )
+                got = f"token id {int(part.max())}, but the vocabulary has {self.vocab_size} ids"
+                raise UserError(f"{self.paths[i]}: {got}: made with another --tokenizer, as gpt2, or damaged")
             parts.append(part)
             begin, i = stop, i + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)

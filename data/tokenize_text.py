@@ -99,17 +99,18 @@ def unpack(file, packed):
 
 
 def as_text(path, chunks):
-    """Yield the text of some bytes. Raises UserError where they are not UTF-8."""
-    decoder, read = codecs.getincrementaldecoder("utf-8")(), 0
+    """Yield the text of some bytes, without a mark that it is UTF-8. Raises UserError where it is not."""
+    decoder, read, mark = codecs.getincrementaldecoder("utf-8")(), 0, "\ufeff"
     for chunk in chunks:
         pending = len(decoder.getstate()[0])
         try:
-            yield decoder.decode(chunk)
+            text = decoder.decode(chunk).removeprefix(mark)
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{path}: byte {read - pending + error.start} is not UTF-8 text: convert the file, or leave it out"
             ) from None
-        read += len(chunk)
+        yield text
+        read, mark = read + len(chunk), "" if text else mark
     if decoder.getstate()[0]:
         raise UserError(f"{path}: ends within a character of UTF-8: is it cut?")
 

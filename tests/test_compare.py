@@ -234,6 +234,16 @@ def test_other_sequences_are_not_paired(here, losses, capsys, no_figure, change)
     assert "no difference for entmax-1: it validated on other sequences than softmax-1" in err
 
 
+def test_other_text_has_no_difference(here, capsys, no_figure):
+    """Where no losses by sequence are left either."""
+    for name in ("evaluation.npz", "checkpoint_8"):
+        (here / "entmax-1" / name).unlink()
+    config = here / "entmax-1" / "config.toml"
+    config.write_text(config.read_text().replace("sequence_length = 64", "sequence_length = 32"))
+    (_, row), err = table(capsys, "softmax-1", "entmax-1")
+    assert row["difference"] == "-" and "entmax-1: it validated on other sequences" in err
+
+
 def test_one_sequence_has_no_interval(here, losses, capsys, no_figure):
     for name in ("softmax-1", "entmax-1"):
         leave_evaluation(here / name, losses[name][:1])

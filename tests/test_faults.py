@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import pty
 import random
 import re
 import resource
@@ -14,7 +15,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -131,8 +134,10 @@ def test_killed_anywhere(undisturbed, flags, tmp_path, kills):
 # asked to stop
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
 def test_a_signal_stops_in_order(undisturbed, start, run, flags, tmp_path, name):
+    if signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+        pytest.skip("is ignored here, and so in the processes that are started from here")
     command = ["train_gpt2.py", *flags, "--max_steps=12", "--run_dir=stopped", "--resume=auto"]
     process = start(*command)
     wait_until(lambda: steps_logged(tmp_path / "stopped") >= 3, process)
@@ -196,6 +201,33 @@ def test_nobody_reads_what_it_says(undisturbed, start, run, flags, tmp_path):
     code, _, err = run(*command)
     assert code == 0, err
     assert read_log(tmp_path / "piped") == read_log(undisturbed)
+
+
+def test_the_terminal_is_gone(start, flags, tmp_path):
+    """Its SIGHUP did not come, as after `disown`."""
+    ours, theirs = pty.openpty()
+    command = ["train_gpt2.py", *flags, "--max_steps=100000", "--val_every=40", "--checkpoint_every=0", "--run_dir=run"]
+    process = start(*command, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    threading.Thread(target=read_until_closed, args=[ours], daemon=True).start()
+    wait_until(lambda: steps_logged(tmp_path / "run") >= 2, process)
+    os.close(ours)
+    assert process.wait(60) == 1
+    assert list(checkpoints(tmp_path / "run")) == [steps_logged(tmp_path / "run")]
+
+
+def read_until_closed(descriptor):
+    with suppress(OSError):
+        while os.read(descriptor, 10_000):
+            pass
+
+
+def test_the_output_finds_no_room(start, flags, tmp_path):
+    with open("/dev/full", "w") as full:
+        process = start("train_gpt2.py", *flags, "--run_dir=run", stdout=full)
+    err = process.communicate()[1].decode()
+    assert process.returncode == 1 and "the output cannot be written (No space left on device)" in err, err
+    assert "Traceback" not in err, err
 
 
 def test_a_second_interrupt_leaves_at_once(flags, tmp_path):

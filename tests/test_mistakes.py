@@ -132,8 +132,8 @@ MISTAKES = [
     ),
     (
         "train --train_data {here}/gpt2_tokens.bin",
-        "{here}/gpt2_tokens.bin: token id 50256, but the vocabulary has 257 ids: were these shards made with another "
-        "tokenizer?",
+        "{here}/gpt2_tokens.bin: token id 50256, but the vocabulary has 257 ids: made with another "
+        "--tokenizer, as gpt2, or damaged",
     ),
     (
         "train --sequence_length 8000",
@@ -220,6 +220,7 @@ MISTAKES = [
     ("evaluate --run_dir {run} --val_data nowhere", "val_data: no file matches nowhere"),
     ("evaluate --run_dir {run} --alpha 2", "--alpha goes with --init_from: a checkpoint has its own"),
     ("export --run_dir {run}", "the following arguments are required: --out (--help lists the flags)"),
+    ("export --run_dir {run} --out=", "--out is empty: name a folder"),
     ("export --run_dir {run} --out {here}/text", "--out {here}/text: cannot be written (File exists)"),
     ("export --run_dir {run} --out {hf}", "--out {hf} holds a model.safetensors: name another folder, or remove it"),
     ("export --run_dir {run} --out /dev/null/x", "--out /dev/null/x: cannot be written (Not a directory)"),

@@ -202,6 +202,9 @@ def test_evaluate_prints_draws_and_keeps_what_dense_weights_give(run_dir, shards
     assert json.loads((run_dir / "sparsity.json").read_text()) == {"step": 0, "alpha": 1.5} | measured
     assert (tmp_path / "sparsity.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sparsity.png"]
+    kept = (run_dir / "sparsity.json").read_bytes()
+    code, _, err = call(capsys, "--run_dir", run_dir, "--sparsity", "--val_tokens", 130)
+    assert code == 0 and (run_dir / "sparsity.json").read_bytes() == kept, err  # not of one sequence
 
     code, out, err = call(capsys, "--checkpoint", run_dir / "checkpoint_0", "--sparsity")
     assert code == 0, err

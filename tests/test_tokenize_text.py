@@ -62,7 +62,9 @@ def texts(tmp_path):
     zst = zstandard.ZstdCompressor()
     (folder / "d.jsonl.zst").write_bytes(zst.compress((lines[0] + "\r\n\n").encode()) + zst.compress(lines[2].encode()))
     (folder / "e.csv").write_text("not read")
-    return folder, [STORY, "one\n", "", " two ", STORY, "\U0001f642", "# title\nsecond member", "one\n", " two "]
+    (folder / "f.txt").write_bytes("\ufeffmarked".encode())
+    documents = [STORY, "one\n", "", " two ", STORY, "\U0001f642", "# title\nsecond member", "one\n", " two ", "marked"]
+    return folder, documents
 
 
 @pytest.mark.parametrize("block", [16, 2**20])
@@ -239,7 +241,7 @@ def test_wrong_flags_are_refused_in_one_line(texts, tmp_path, capsys):
     code, err = call(capsys, folder, "--out", tmp_path / "out", "--val_tokens", 10**6)
     assert code == 2 and "nothing is left to train on" in err and not list(tmp_path.glob("out/*.bin*"))
     code, err = call(capsys, folder, "--out", folder / "a.txt")
-    assert code == 2 and "a.txt: cannot be made" in err
+    assert code == 2 and "a.txt: cannot be written" in err
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "x_train_000001.bin").touch()
     code, err = call(capsys, folder, "--out", tmp_path / "others")

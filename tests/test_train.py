@@ -194,6 +194,18 @@ def test_damaged_checkpoints_are_passed_over(whole_runs, run, flags, tmp_path):
     assert read_log(tmp_path / "damaged") == read_log(whole_runs / "entmax")
 
 
+def test_a_damaged_log_is_kept(whole_runs, flags, tmp_path, capsys):
+    shutil.copytree(whole_runs / "entmax", tmp_path / "run")
+    log = tmp_path / "run" / "log.jsonl"
+    lines = log.read_text().splitlines()
+    lines[5] = lines[5][:10]
+    log.write_text("\n".join(lines) + "\n")
+    code, err = call(capsys, *flags, f"--run_dir={tmp_path / 'run'}", "--resume=auto", "--max_steps=9")
+    (kept,) = log.parent.glob("log-*.jsonl")
+    assert code == 0 and f"log.jsonl: line 6 is damaged: the log goes on there, and as it was is kept as {kept}" in err
+    assert kept.read_text().splitlines() == lines and read_log(tmp_path / "run")[-1]["step"] == 9
+
+
 def test_resume_from_a_named_checkpoint_forks_the_run(whole_runs, run, flags, tmp_path):
     path = whole_runs / "entmax" / "checkpoint_6"
     code, _, err = run("train_gpt2.py", *flags, f"--resume={path}", "--run_dir=fork", "--micro_batch_size=2")
