@@ -562,19 +562,17 @@ def check_resumable(config, state, data):
 
 
 def open_log(resumed, run_dir, step, evaluated):
-    """The run's log, cut back to `step`. What else there is of value in the file that was there is kept beside it."""
+    """The run's log, cut back to `step`. A file there that is damaged, or of another run, is kept beside it."""
     path, old = run_dir / "log.jsonl", run_dir / f"log-{datetime.now():%Y%m%d-%H%M%S}.jsonl"
     earlier, there = [], read_log(path, math.inf, evaluated=True)
     if resumed:
         earlier = read_log(resumed.parent / "log.jsonl", step, evaluated)
         if step > 0 and not any("train_loss" in record for record in earlier):
             notice(f"{resumed.parent}/log.jsonl has no steps: the log begins with step {step}")
-    if len(there) < count_lines(path):
+    damaged = len(there) < count_lines(path)
+    if damaged or not resumed and any("train_loss" in record for record in there):
         shutil.copyfile(path, old)
-        notice(f"{path}: line {len(there) + 1} is damaged: the log goes on there, and as it was is kept as {old}")
-    elif not resumed and any("train_loss" in record for record in there):
-        shutil.copyfile(path, old)
-        notice(f"the log of the run that was there before is kept as {old}")
+        notice(f"{path} as it was{f', damaged in line {len(there) + 1},' if damaged else ''} is kept as {old}")
     return RunLog(path, earlier)
 
 

@@ -202,7 +202,7 @@ def test_a_damaged_log_is_kept(whole_runs, flags, tmp_path, capsys):
     log.write_text("\n".join(lines) + "\n")
     code, err = call(capsys, *flags, f"--run_dir={tmp_path / 'run'}", "--resume=auto", "--max_steps=9")
     (kept,) = log.parent.glob("log-*.jsonl")
-    assert code == 0 and f"log.jsonl: line 6 is damaged: the log goes on there, and as it was is kept as {kept}" in err
+    assert code == 0 and f"log.jsonl as it was, damaged in line 6, is kept as {kept}" in err
     assert kept.read_text().splitlines() == lines and read_log(tmp_path / "run")[-1]["step"] == 9
 
 
