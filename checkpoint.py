@@ -63,10 +63,15 @@ def save(state, run_dir, keep=0):
 
 def copy(path, to):
     """Make `to` a copy of a checkpoint, whole or not there, unless it is that file. Raises OSError."""
-    if not (to.exists() and to.samefile(path)):
-        temporary = to.with_name(to.name + ".tmp")
+    if to.exists() and to.samefile(path):
+        return
+    temporary = to.with_name(to.name + ".tmp")
+    try:
         shutil.copyfile(path, temporary)
         temporary.replace(to)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def copied(state):

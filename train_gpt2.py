@@ -430,11 +430,9 @@ def replace_text(path, text):
 
 
 class RunLog:
-    """log.jsonl, one JSON object an event, each flushed. A step is in it once, also after a resume."""
+    """log.jsonl, one JSON object an event, each flushed. A step is in it once, also after a resume (see open_run)."""
 
-    def __init__(self, path, earlier=()):
-        """earlier: the records to begin with; what else the file holds is cut off."""
-        replace_text(path, "".join(json.dumps(record) + "\n" for record in earlier))
+    def __init__(self, path):
         self.path, self.file = path, open(path, "a")
 
     def write(self, step, **values):
@@ -513,7 +511,7 @@ def choose_start(config, claims):
             "another folder"
         )
     if config.resume == "auto":
-        if run_dir.exists():  # now, or two could go on from one checkpoint
+        if os.access(run_dir, os.W_OK):  # now, or two could go on from one checkpoint
             claims.enter_context(only_writer(run_dir, "--run_dir"))
         resumed = checkpoint.newest_sound(run_dir)
         if resumed is None and checkpoint.checkpoints(run_dir):
@@ -523,7 +521,7 @@ def choose_start(config, claims):
     return run_dir, resumed
 
 
-def make_run_dir(config, run_dir, claims):
+def make_run_dir(config, run_dir, resumed, claims):
     """The run's folder, made and claimed (see choose_start) now that nothing else stands in the way of the run."""
     name = f"runs/{config.model}-{config.attention}-{datetime.now():%Y%m%d-%H%M%S}"
     names = (Path(f"{name}-{i}" if i else name) for i in itertools.count())
@@ -532,11 +530,12 @@ def make_run_dir(config, run_dir, claims):
         try:
             path.mkdir(parents=True)
             run_dir = path
-        except FileExistsError:  # another run's, of this second
-            pass
         except OSError as error:
-            raise UserError(f"{path}: cannot be made ({error.strerror}): name a folder by --run_dir") from error
+            if not os.path.lexists(path):  # else it is another run's, of this second
+                raise UserError(f"{path}: cannot be made ({error.strerror}): name a folder by --run_dir") from error
     claims.enter_context(only_writer(run_dir, "--run_dir"))
+    if not resumed and checkpoint.checkpoints(run_dir):
+        raise UserError(f"--run_dir {run_dir} holds a run by now, of another process: name another folder")
     return run_dir
 
 
@@ -561,44 +560,41 @@ def check_resumable(config, state, data):
         notice(moved)
 
 
-def open_log(resumed, run_dir, step, evaluated):
-    """The run's log, cut back to `step`. A file there that is damaged, or of another run, is kept beside it."""
-    path, old = run_dir / "log.jsonl", run_dir / f"log-{datetime.now():%Y%m%d-%H%M%S}.jsonl"
-    earlier, there = [], read_log(path, math.inf, evaluated=True)
-    if resumed:
-        earlier = read_log(resumed.parent / "log.jsonl", step, evaluated)
-        if step > 0 and not any("train_loss" in record for record in earlier):
-            notice(f"{resumed.parent}/log.jsonl has no steps: the log begins with step {step}")
-    damaged = len(there) < count_lines(path)
-    if damaged or not resumed and any("train_loss" in record for record in there):
-        shutil.copyfile(path, old)
-        notice(f"{path} as it was{f', damaged in line {len(there) + 1},' if damaged else ''} is kept as {old}")
-    return RunLog(path, earlier)
-
-
 def open_run(config, resumed, run_dir, step, evaluated):
-    """Make or reopen the run directory: write config.toml, cut the log (and later checkpoints) back to `step`.
+    """Write the run's config.toml, and cut its log and later checkpoints back to `step`. Raises UserError.
 
-    A checkpoint of another run is copied there first, so that this one can go on from it again.
+    A checkpoint of another run is copied there first, so that this one can go on from it again. A log that is damaged,
+    or of another run, is kept under another name.
     evaluated: whether all evaluations of that step are done, and stay in the log.
     """
+    log, text = run_dir / "log.jsonl", to_toml(config, without=("run_dir", "resume"))
+    fork = resumed and resumed.parent.resolve() != run_dir.resolve()
     try:
-        if resumed:
+        if resumed and resumed.exists():  # its own run may have deleted it by now
             checkpoint.copy(resumed, run_dir / f"checkpoint_{step}")
-        log = open_log(resumed, run_dir, step, evaluated)
-        text = to_toml(config, without=("run_dir", "resume"))
         replace_text(run_dir / "config.toml", text)
+        source = resumed.parent / "log.jsonl" if resumed else log
+        earlier, there = read_log(source, step, evaluated) if resumed else [], read_log(source, math.inf, True)
+        damaged = len(there) < count_lines(source)
+        if damaged or not resumed and any("train_loss" in record for record in there):
+            old = run_dir / f"log-{datetime.now():%Y%m%d-%H%M%S}.jsonl"
+            shutil.copyfile(source, old)
+            notice(f"{source} as it was{f', damaged in line {len(there) + 1},' if damaged else ''} is kept as {old}")
+        if step > 0 and not any("train_loss" in record for record in earlier):
+            notice(f"{source} has no steps: the log begins with step {step}")
+        replace_text(log, "".join(json.dumps(record) + "\n" for record in earlier))
         stale = [] if resumed else ["evaluation.npz", "sparsity.json"]  # compare.py takes them for this run's
         for path in [*run_dir.glob("checkpoint_*.tmp"), *(run_dir / name for name in stale)]:
             path.unlink(missing_ok=True)
     except OSError as error:
+        for name in (f"checkpoint_{step}", "config.toml", "log.jsonl") if fork else ():
+            (run_dir / name).unlink(missing_ok=True)
         raise UserError(f"--run_dir {run_dir}: cannot be written ({error.strerror})") from error
     for later, path in checkpoint.checkpoints(run_dir).items():
         if later > step:
             notice(f"deleted {path}: the run goes on from step {step}")
             path.unlink()
     print(f"# {run_dir}/config.toml\n{text}", flush=True)
-    return log
 
 
 def save_evaluation(run_dir, **arrays):
@@ -852,8 +848,9 @@ def train(config, stop, claims):
             recent_losses.extend(map(float, state["recent"]["losses"]))
             recent_norms.extend(map(float, state["recent"]["norms"]))
         del state
-    run_dir = machine.from_rank_0(lambda: make_run_dir(config, run_dir, claims))
-    log = open_run(config, resumed, run_dir, start, evaluated) if rank == 0 else NoLog()
+    run_dir = machine.from_rank_0(lambda: make_run_dir(config, run_dir, resumed, claims))
+    machine.from_rank_0(lambda: open_run(config, resumed, run_dir, start, evaluated))
+    log = RunLog(run_dir / "log.jsonl") if rank == 0 else NoLog()
     if resumed and rank == 0:
         notice(f"going on from {resumed}")
     writer = checkpoint.Writer(run_dir, config.keep_checkpoints)

@@ -343,6 +343,13 @@ def test_starts_in_the_same_second_do_not_collide(flags, tmp_path, monkeypatch, 
     assert len(list((tmp_path / "runs").iterdir())) == 3
 
 
+def test_runs_cannot_be_made(flags, tmp_path, monkeypatch, capsys):
+    """As where `runs` is a link to a disk that is not there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(tmp_path / "nowhere" / "runs")
+    assert_one_line(*call(capsys, *flags), "runs/tiny-entmax-", "cannot be made", "--run_dir")
+
+
 def test_fewer_validation_tokens_than_asked_are_all_used(shards, flags, tmp_path, capsys):
     code, err = call(capsys, *flags, "--max_steps=0", "--val_tokens=100000", f"--run_dir={tmp_path / 'all'}")
     assert code == 0 and "2311 tokens, not val_tokens = 100000" in err
