@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from cli import Failure, UserError, notice
+from cli import Failure, UserError, notice, replacing
 from model import GPT, GPTConfig
 
 
@@ -41,17 +41,14 @@ def save(state, run_dir, keep=0):
     Raises Failure if it cannot; older checkpoints are then all there.
     """
     path = Path(run_dir) / f"checkpoint_{state['step']}"
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's RuntimeError hides that of the disk
-        temporary.unlink(missing_ok=True)
         disk = error if isinstance(error, OSError) else error.__context__
         reason = disk.strerror if isinstance(disk, OSError) else f"{str(error).splitlines()[0]}: is the disk full?"
         raise Failure(f"{path}: cannot be written ({reason})") from error
@@ -63,15 +60,9 @@ def save(state, run_dir, keep=0):
 
 def copy(path, to):
     """Make `to` a copy of a checkpoint, whole or not there, unless it is that file. Raises OSError."""
-    if to.exists() and to.samefile(path):
-        return
-    temporary = to.with_name(to.name + ".tmp")
-    try:
-        shutil.copyfile(path, temporary)
-        temporary.replace(to)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    if not (to.exists() and to.samefile(path)):
+        with replacing(to) as temporary:
+            shutil.copyfile(path, temporary)
 
 
 def copied(state):

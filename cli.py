@@ -1,4 +1,4 @@
-"""What every command of the project shares: one-line errors, exit codes, and progress for terminals and log files.
+"""What every command of the project shares: one-line errors, exit codes, whole files, progress.
 
 Exit codes: 0 done, 2 a user's mistake, 1 a failure.
 """
@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 from tqdm import tqdm
@@ -72,16 +72,14 @@ def run(main):
     except (UserError, Failure) as error:
         say_once(f"error: {' '.join(str(error).splitlines())}")
         sys.exit(2 if isinstance(error, UserError) else 1)
-    except BrokenPipeError:  # as of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python writes there once more at its end
-        print("stopped: nobody reads the output any more", file=sys.stderr)
-        sys.exit(1)
     except OSError as error:
-        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        with suppress(OSError):
-            print(f"error: the output cannot be written ({error.strerror})", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python writes there once more at its end
+        full = f"the output or a temporary file cannot be written ({error.strerror})"
+        with suppress(OSError):  # stderr may be as closed; EPIPE is that of `| head`
+            reason = "nobody reads the output any more" if error.errno == errno.EPIPE else full
+            print(f"stopped: {reason}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -106,6 +104,17 @@ def say_once(message):
     except Exception:  # said twice is better than lost
         pass
     print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def replacing(path):
+    """Yield the path of a file to write, which then takes the place of the one at `path`; if it fails, that stays."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def notice(message):

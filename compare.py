@@ -32,7 +32,6 @@ from train_gpt2 import (
     MAY_DIFFER,
     Config,
     add_fields,
-    count_lines,
     parse_value,
     read_log,
     read_toml,
@@ -92,12 +91,11 @@ def read_run(path, name):
             raise UserError(f"{path}: holds no run (no {needed} there)")
     log = path / "log.jsonl"
     try:
-        lines = count_lines(log)
-        records = read_log(log, math.inf, evaluated=True)
+        records, damaged = read_log(log)
     except OSError as error:
         raise UserError(f"{log}: cannot be read ({error.strerror})") from error
-    if len(records) < lines:
-        raise UserError(f"{log}: line {len(records) + 1} is damaged: mend it, or delete it and those after it")
+    if damaged:
+        raise UserError(f"{log}: line {damaged} is damaged: mend it, or delete it and those after it")
     config = Config(**read_toml(path / "config.toml"))
 
     validations, hours = [], 0.0

@@ -17,7 +17,7 @@ from pathlib import Path
 import checkpoint
 import cli
 import sparsity
-from cli import Parser, UserError, notice
+from cli import Parser, UserError, notice, replacing
 from data import hellaswag, python_stdlib
 from data.hellaswag import HellaSwag
 from data.shards import TokenStream, find_shards
@@ -108,7 +108,8 @@ def keep_sparsity(args, plan, measured, model, step, settings, machine):
     if args.run_dir and not (args.val_data or args.sequence_length or args.val_tokens):
         path = Path(args.run_dir) / "sparsity.json"
         try:
-            sparsity.write(path, json.dumps({"step": step, "alpha": model.config.alpha} | measured).encode())
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps({"step": step, "alpha": model.config.alpha} | measured))
         except OSError as error:
             notice(f"{path}: cannot be written ({error.strerror}): compare.py will not have it")
     out, tokens, head = plan

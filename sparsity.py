@@ -10,14 +10,13 @@ import os
 import warnings
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from adasplash_kernels.reference import attention_weights
-from cli import Progress, UserError
+from cli import Progress, UserError, replacing
 
 SEQUENCES = 16  # validation windows: 16,384 rows a head at T = 1,024, enough for a 99th percentile
 TILE = 64
@@ -237,17 +236,7 @@ def save(figure, path):
     with warnings.catch_warnings(action="ignore"):  # a character that the font lacks is drawn as a box
         figure.savefig(png, format="png", dpi=DPI)
     try:
-        write(path, png.getvalue())
+        with replacing(path) as temporary:
+            temporary.write_bytes(png.getvalue())
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written ({error.strerror})") from error
-
-
-def write(path, data):
-    """Write bytes to a path that holds what it held before or all of them. Raises OSError."""
-    temporary = Path(path).with_name(Path(path).name + ".tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -41,7 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import cli
-from cli import Failure, Parser, Progress, UserError, nearest, notice, say
+from cli import Failure, Parser, Progress, UserError, nearest, notice, replacing, say
 from data import hellaswag, python_stdlib
 from data.hellaswag import HellaSwag
 from data.shards import SHARD_FORMATS, TokenStream, find_shards, only_writer, training_batches
@@ -418,17 +418,6 @@ MAY_DIFFER |= {"hellaswag", "shard_format"}  # the tokens that come of a format 
 MAY_DIFFER |= {f.name for f in fields(Config) if f.name.endswith("_every")}
 
 
-def replace_text(path, text):
-    """Write a file that is whole or as it was. Raises OSError."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 class RunLog:
     """log.jsonl, one JSON object an event, each flushed. A step is in it once, also after a resume (see open_run)."""
 
@@ -458,23 +447,29 @@ class NoLog:
         pass
 
 
-def count_lines(path):
-    return path.read_text(errors="replace").count("\n") if path.exists() else 0  # the last one may be cut short
+def read_log(path):
+    """(the records up to the first damage, the number of the damaged line or None). Raises OSError.
 
-
-def read_log(path, last_step, evaluated):
-    """The records up to a step, without the evaluations of that one unless all are done, or a line cut short."""
+    A last line that is cut short, or being written, is no damage.
+    """
+    *lines, last = path.read_text(errors="replace").split("\n")
     records = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for number, line in enumerate([*lines, last], 1):
         try:
             record = json.loads(line)
             record["step"] + 0
         except (ValueError, TypeError, KeyError):
-            break
-        redone = record["step"] == last_step and not evaluated and ("val_loss" in record or "hellaswag_acc" in record)
-        if record["step"] <= last_step and not redone:
-            records.append(record)
-    return records
+            return records, number if number <= len(lines) else None
+        records.append(record)
+    return records, None
+
+
+def records_until(records, last_step, evaluated):
+    """Those up to a step, without the evaluations of that one unless all are done."""
+    kept = [record for record in records if record["step"] <= last_step]
+    if evaluated:
+        return kept
+    return [r for r in kept if r["step"] < last_step or not {"val_loss", "hellaswag_acc"} & r.keys()]
 
 
 def saved_config(state):
@@ -572,17 +567,19 @@ def open_run(config, resumed, run_dir, step, evaluated):
     try:
         if resumed and resumed.exists():  # its own run may have deleted it by now
             checkpoint.copy(resumed, run_dir / f"checkpoint_{step}")
-        replace_text(run_dir / "config.toml", text)
+        with replacing(run_dir / "config.toml") as temporary:
+            temporary.write_text(text, encoding="utf-8")
         source = resumed.parent / "log.jsonl" if resumed else log
-        earlier, there = read_log(source, step, evaluated) if resumed else [], read_log(source, math.inf, True)
-        damaged = len(there) < count_lines(source)
+        there, damaged = read_log(source) if source.exists() else ([], None)
         if damaged or not resumed and any("train_loss" in record for record in there):
             old = run_dir / f"log-{datetime.now():%Y%m%d-%H%M%S}.jsonl"
             shutil.copyfile(source, old)
-            notice(f"{source} as it was{f', damaged in line {len(there) + 1},' if damaged else ''} is kept as {old}")
+            notice(f"{source} as it was{f', damaged in line {damaged},' if damaged else ''} is kept as {old}")
+        earlier = records_until(there, step, evaluated) if resumed else []
         if step > 0 and not any("train_loss" in record for record in earlier):
             notice(f"{source} has no steps: the log begins with step {step}")
-        replace_text(log, "".join(json.dumps(record) + "\n" for record in earlier))
+        with replacing(log) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in earlier))
         stale = [] if resumed else ["evaluation.npz", "sparsity.json"]  # compare.py takes them for this run's
         for path in [*run_dir.glob("checkpoint_*.tmp"), *(run_dir / name for name in stale)]:
             path.unlink(missing_ok=True)
@@ -604,10 +601,9 @@ def save_evaluation(run_dir, **arrays):
     hellaswag, a fingerprint of the examples, or ""; hellaswag_right (examples,) bool, by acc_norm.
     """
     path = run_dir / "evaluation.npz"
-    temporary = path.with_suffix(".tmp.npz")  # NumPy appends .npz to all other names
     try:
-        np.savez(temporary, **arrays)
-        temporary.replace(path)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **arrays)
     except OSError as error:
         notice(f"{path}: cannot be written ({error.strerror}): compare.py will compute it from the checkpoint")
 

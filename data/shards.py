@@ -138,10 +138,8 @@ def only_writer(folder, flag):
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"{flag} {folder}: another process is writing there") from None
-    except NotImplementedError:  # a file system without locks
-        pass
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # the same
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks does without
             raise UserError(f"{flag} {folder}: cannot be written ({error.strerror or error})") from error
     try:
         yield

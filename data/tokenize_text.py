@@ -30,7 +30,7 @@ import numpy as np
 import zstandard
 
 import cli
-from cli import Parser, Progress, UserError, notice
+from cli import Parser, Progress, UserError, notice, replacing
 from data.shards import ShardWriter, only_writer, open_shard, writing
 from data.tokenizer import END_OF_TEXT, VOCAB_SIZE, encode_documents, load_tokenizer
 
@@ -260,10 +260,8 @@ def open_job(folder, job):
 
 
 def save_job(folder, state):
-    with writing(folder / JOB):
-        temporary = folder / (JOB + ".tmp")
+    with writing(folder / JOB), replacing(folder / JOB) as temporary:
         temporary.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(folder / JOB)
 
 
 def write_shards(paths, folder, job, workers):
