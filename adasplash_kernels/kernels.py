@@ -313,23 +313,29 @@ def _forward(
     o_32 = tl.arange(0, 32)
     b_q = _load_last(p_q, s_qt, i_q, T, D, BD, TILE)
 
-    # The tile on the diagonal comes first, since near keys are often the largest
+    # The tile on the diagonal and the one before it come first, since near keys are often the largest
     zero, zero_8 = tl.zeros([TILE], tl.float32), tl.zeros([TILE, 8], tl.float32)
+    b_y = _dot(b_q, tl.trans(_load_last(p_k, s_kt, tl.maximum(i_q - 1, 0), T, D, BD, TILE)), None)
+    b_y = tl.where(i_q > 0, b_y, -INFINITY)
     b_z = _causal(_dot(b_q, tl.trans(_load_last(p_k, s_kt, i_q, T, D, BD, TILE)), None), o_q, i_q)
-    top, floor = _max(b_z), zero - 1
+    near = _max(b_y)
+    top, floor = _larger(_max(b_z), near), zero - 1
     b_p, b_lower = _powers(_above(b_z, top[:, None], floor[:, None], c, EXACT), r, R)
+    total_8, lower_8 = tl.sum(_parts(b_p), 1), tl.sum(_parts(b_lower), 1)
+    b_p, b_lower = _powers(_above(b_y, top[:, None], floor[:, None], c, EXACT), r, R)
+    total, lower = tl.sum(total_8 + tl.sum(_parts(b_p), 1), 1), tl.sum(lower_8 + tl.sum(_parts(b_lower), 1), 1)
     top, floor, most, total, lower = _rise(
-        top, floor, zero, zero, zero, zero, top, tl.sum(b_p, 1), tl.sum(b_lower, 1), c, alpha, r, R, EXACT
+        top, floor, zero, zero, zero, zero, top, total, lower, c, alpha, r, R, EXACT
     )
 
     # Then all others, backwards: the row maxima, and the list of the tiles that exceed the floor somewhere
-    n_list = 0
-    for done in range(0, i_q, 32):  # 32 tiles: a bit of an int a tile, so that warps need not meet at each tile
+    n_list = tl.max((((near - top) * c >= floor) & (o_q < T)).to(tl.int32), 0)
+    tl.store(p_list, (i_q - 1).to(tl.int16), mask=n_list > 0)
+    for done in range(1, i_q, 32):  # 32 tiles: a bit of an int a tile, so that warps need not meet at each tile
         bits = tl.zeros([TILE // 16, 8, 4], tl.int32)
         # sums and maxima stay in 8 parts of a row, which takes no exchange between threads, until they are used
         top_8, total_8, lower_8 = zero_8 - INFINITY, zero_8, zero_8
-        n_now = tl.minimum(i_q - done, 32)
-        for i in range(0, n_now):
+        for i in range(0, tl.minimum(i_q - done, 32)):
             b_z = _dot(b_q, tl.trans(_load(p_k, s_kt, i_q - 1 - done - i, D, BD, TILE)), None)
             top_8 = _larger(top_8, _max(_parts(b_z)))
             b_u = _above_any(b_z, top[:, None], tl.where(o_q < T, floor, INFINITY)[:, None], c, R, EXACT)
@@ -339,16 +345,14 @@ def _forward(
             if EXACT or R <= 0:  # where the maximum is NaN, so are the sums, and only that row is to be passed over
                 p_8 = tl.where(p_8 > 0, 1.0, 0.0)
             bits |= _marks(p_8, False) << i
-            if (i == 0) | (i == n_now - 1):
-                new_total, new_lower = tl.sum(total_8, 1), tl.sum(lower_8, 1)
-                if R == 2 and not EXACT:
-                    new_total, new_lower = new_total * (LIMIT * LIMIT), new_lower * LIMIT
-                elif R == 1 and not EXACT:
-                    new_total *= LIMIT
-                top, floor, most, total, lower = _rise(
-                    top, floor, zero + 1, most, total, lower, _max(top_8), new_total, new_lower, c, alpha, r, R, EXACT
-                )
-                top_8, total_8, lower_8 = zero_8 - INFINITY, zero_8, zero_8
+        new_total, new_lower = tl.sum(total_8, 1), tl.sum(lower_8, 1)
+        if R == 2 and not EXACT:
+            new_total, new_lower = new_total * (LIMIT * LIMIT), new_lower * LIMIT
+        elif R == 1 and not EXACT:
+            new_total *= LIMIT
+        top, floor, most, total, lower = _rise(
+            top, floor, zero + 1, most, total, lower, _max(top_8), new_total, new_lower, c, alpha, r, R, EXACT
+        )
         flags = (_word(bits) >> o_32) & 1
         tl.store(p_list + n_list + tl.cumsum(flags, 0) - flags, (i_q - 1 - done - o_32).to(tl.int16), mask=flags > 0)
         n_list += tl.sum(flags, 0)
@@ -376,7 +380,9 @@ def _forward(
             unsettled = tl.abs(h) > 1e-6
         else:  # the step from here leaves less than the rounding of p to 16 bits
             tolerance: tl.constexpr = 0.06 if p_q.dtype.element_ty == tl.float16 else 0.24
-            unsettled = tl.abs(h) > tl.minimum(tolerance * (alpha - 1), tolerance / 2)
+            bound = tl.minimum(tolerance * (alpha - 1), tolerance / 2)
+            m = _exponent(tau, total, lower, 1.0, EXACT)  # from below the root it leaves (1 - 1 / m) h^2 or less
+            unsettled = h * h * tl.where(h > 0, 2 - 2 * _inverse(m, EXACT), 1.0) > bound * bound
         new_tau = tau + step
         if go <= 2:  # the guess lands nearer to the root, on either side
             new_tau = tl.where(unsettled, tl.maximum(new_tau, _guess(tau, total, lower, r, R, EXACT)), new_tau)
