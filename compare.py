@@ -251,18 +251,25 @@ def mcnemar(a, b):
     return min(1.0, 2 * tail / 2**n)
 
 
-def over_seeds(runs):
-    """Lines on the final losses of runs that are alike but for the seed, where there are two seeds or more."""
+def kinds_of(runs):
+    """A list of {seed: run}, each of runs with validations that are alike but for the seed."""
     kinds = {}
     for run, values in zip(runs, settings(runs), strict=True):
         if run.validations:
             kind = tuple(value for name, value in values.items() if name != "seed")
             kinds.setdefault(kind, {}).setdefault(run.config.seed, run)  # a seed twice is one sample
-    samples = [
-        (" + ".join(run.name for run in seeds.values()), {seed: run.last("loss") for seed, run in seeds.items()})
-        for seeds in kinds.values()
-        if len(seeds) > 1
-    ]
+    return list(kinds.values())
+
+
+def name_of(kind):
+    first, *others = kind.values()
+    return f"{first.name} and {len(others)} more" if others else first.name
+
+
+def over_seeds(runs):
+    """Lines on the final losses of the kinds_of() runs, where there are two seeds or more."""
+    kinds = [kind for kind in kinds_of(runs) if len(kind) > 1]
+    samples = [(name_of(kind), {seed: run.last("loss") for seed, run in kind.items()}) for kind in kinds]
     lines = []
     for names, losses in samples:
         of_all = losses.values()
@@ -391,8 +398,33 @@ def print_table(names, rows, markdown):
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 
 
+def draw_difference(axes, first, run, values, style):
+    """Against tokens, what run loses more than first, and the margin of the last difference."""
+    losses = {v.tokens: v.loss for v in first.validations}
+    same_text = run is first or values["difference"] is not None
+    both = [v for v in run.validations if v.tokens in losses and same_text]
+    axes.plot([v.tokens for v in both], [v.loss - losses[v.tokens] for v in both], **style)
+    if values["difference_margin_95"] is not None and run.last("tokens") == first.last("tokens"):
+        at = run.last("tokens"), values["difference"]
+        axes.errorbar(*at, values["difference_margin_95"], color=style["color"], capsize=5)
+
+
+def draw_over_seeds(axes, first, kind, style):
+    """Against tokens, the mean over seeds of what one kind loses more than the first, both {seed: run}; its margin."""
+    a, b = ([{v.tokens: v.loss for v in runs[seed].validations} for seed in first] for runs in (first, kind))
+    tokens = sorted(set.intersection(*map(set, a + b)))
+    pairs = [paired(*(np.array([losses[t] for losses in x]) for x in (a, b))) for t in tokens]
+    mean, margin = np.array(pairs).reshape(-1, 2).T
+    axes.plot(tokens, mean, **style)
+    axes.fill_between(tokens, mean - margin, mean + margin, color=style["color"], alpha=0.2, linewidth=0)
+
+
 def draw(runs, rows, path):
-    """A PNG: the loss against tokens and hours, the difference to the first run against tokens. Raises UserError."""
+    """A PNG: the loss against tokens and hours, the difference to the first against tokens. Raises UserError.
+
+    Runs that are alike but for the seed share a colour. Where each kind has the same seeds, the difference is that of
+    the kinds, seed by seed.
+    """
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure  # which draws without a display
@@ -400,19 +432,34 @@ def draw(runs, rows, path):
         raise UserError("no figure without matplotlib: pip install -r requirements.txt") from error
     figure = Figure(figsize=(15, 5.5), dpi=150, layout="constrained")
     by_tokens, by_hours, by_difference = figure.subplots(1, 3)
-    first = {v.tokens: v.loss for v in runs[0].validations}
-    lines = []
-    for i, (run, values) in enumerate(zip(runs, rows, strict=True)):
-        style = {"color": COLOURS[i % 7], "marker": "os^Dv<>"[i % 7], "linestyle": "-" if i < 7 else "--", "ms": 4}
+    kinds = kinds_of(runs)
+    labels = [name_of(kind) for kind in kinds]
+    kind_of = {run.path: i for i, kind in enumerate(kinds) for run in kind.values()}
+    for run in runs:
+        if run.path not in kind_of:  # without a validation, or a seed once more
+            kind_of[run.path] = len(labels)
+            labels.append(run.name if run.validations else f"{run.name} (no validation)")
+    styles = [
+        {"color": COLOURS[i % 7], "marker": "os^Dv<>"[i % 7], "linestyle": "-" if i < 7 else "--", "ms": 4}
+        for i in range(len(labels))
+    ]
+    lines = {}
+    for run in runs:
+        i = kind_of[run.path]
         tokens, hours, losses = ([getattr(v, f) for v in run.validations] for f in ("tokens", "hours", "loss"))
-        lines += by_tokens.plot(tokens, losses, **style)
-        by_hours.plot(hours, losses, **style)
-        same_text = run is runs[0] or values["difference"] is not None
-        both = [v for v in run.validations if v.tokens in first and same_text]
-        by_difference.plot([v.tokens for v in both], [v.loss - first[v.tokens] for v in both], **style)
-        if values["difference_margin_95"] is not None and run.last("tokens") == runs[0].last("tokens"):
-            at = run.last("tokens"), values["difference"]
-            by_difference.errorbar(*at, values["difference_margin_95"], color=style["color"], capsize=5)
+        (lines[i],) = by_tokens.plot(tokens, losses, **styles[i])
+        by_hours.plot(hours, losses, **styles[i])
+    one_text = all(values["difference"] is not None for values in rows[1:])
+    if one_text and len(kinds) > 1 and len(kinds[0]) > 1 and all(kind.keys() == kinds[0].keys() for kind in kinds):
+        for kind, style in zip(kinds, styles, strict=False):
+            draw_over_seeds(by_difference, kinds[0], kind, style)
+        by_difference.set_ylabel("difference to the first, mean over seeds (nats a token)")
+        by_difference.set_title("bands: 95%, over seeds", fontsize="medium")
+    else:
+        for run, values in zip(runs, rows, strict=True):
+            draw_difference(by_difference, runs[0], run, values, styles[kind_of[run.path]])
+        by_difference.set_ylabel("validation loss less that of the first run (nats a token)")
+        by_difference.set_title("bars: 95%, over the choice of validation text", fontsize="medium")
     trained = [v.loss for run in runs for v in run.validations if v.step and math.isfinite(v.loss)]
     trained *= all(run.last("step") for run in runs if run.validations)
     for axes in (by_tokens, by_hours):
@@ -421,18 +468,15 @@ def draw(runs, rows, path):
             margin = 0.05 * (max(trained) - min(trained)) or 0.1
             axes.set_ylim(min(trained) - margin, max(trained) + margin)
     by_hours.set_xlabel("hours of training and validation")
-    by_difference.set_ylabel("validation loss less that of the first run (nats a token)")
-    by_difference.set_title("bars: 95%, over the choice of validation text", fontsize="medium")
     for axes in (by_tokens, by_difference):
         axes.set_xlabel("training tokens")
         axes.xaxis.set_major_formatter(lambda tokens, _: short(tokens))
     for axes in (by_tokens, by_hours, by_difference):
         axes.grid(alpha=0.3)
-    labels = [run.name if run.validations else f"{run.name} (no validation)" for run in runs]
     try:
         with rc_context({"text.parse_math": False}):  # a name with two $ is no formula
             columns = min(4, max(1, 140 // (max(map(len, labels)) + 8)))
-            figure.legend(lines, labels, loc="outside lower center", ncols=columns)
+            figure.legend([lines[i] for i in range(len(labels))], labels, loc="outside lower center", ncols=columns)
             figure.savefig(path, format="png")
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written ({error.strerror}): name a file in another place") from error

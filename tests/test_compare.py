@@ -362,9 +362,9 @@ def test_seeds(here, capsys, no_figure):
     for attention in ("softmax", "entmax"):
         x, y = final[f"{attention}-1"], final[f"{attention}-2"]
         means[attention], variances[attention] = (x + y) / 2, (x - y) ** 2 / 2
-        line = f"Over seeds, {attention}-1 + {attention}-2: mean {means[attention]:.4f}, standard deviation "
+        line = f"Over seeds, {attention}-1 and 1 more: mean {means[attention]:.4f}, standard deviation "
         assert f"{line}{math.sqrt(variances[attention]):.5f}, n = 2" in out
-    name = "entmax-1 + entmax-2 less softmax-1 + softmax-2"
+    name = "entmax-1 and 1 more less softmax-1 and 1 more"
     difference = means["entmax"] - means["softmax"]
     by_seed = [final[f"entmax-{s}"] - final[f"softmax-{s}"] for s in (1, 2)]
     margin = 12.7062 * abs(by_seed[0] - by_seed[1]) / 2  # t with one degree of freedom; sqrt(2) / sqrt(2) drop out
@@ -497,7 +497,7 @@ def test_figure(here, capsys):
     code, _, err = call(capsys, "softmax-1", "entmax-1", "entmax-2", "--out", "three.png")
     assert code == 0 and "drew three.png" in err
     (width, height), colours = drawn(here / "three.png")
-    assert 1500 <= width <= 3000 and 500 <= height <= 1500 and colours == [0, 1, 2]
+    assert 1500 <= width <= 3000 and 500 <= height <= 1500 and colours == [0, 1]  # a kind has one
 
 
 def test_curves_are_those_of_the_logs(here, losses, capsys, monkeypatch):
@@ -531,6 +531,30 @@ def test_curves_are_those_of_the_logs(here, losses, capsys, monkeypatch):
     assert figures[1].axes[0].get_ylim()[1] > final["entmax-1"][0]
 
 
+def test_curve_over_seeds(here, capsys, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    edit_log(here / "entmax-2", lambda r: None if "val_loss" in r and r["step"] == 4 else r)
+    assert call(capsys, "softmax-1", "entmax-2", "softmax-2", "entmax-1")[0] == 0
+    losses = {f"{a}-{s}": {r["step"]: r["val_loss"] for r in read_log(f"{a}-{s}") if "val_loss" in r} for a, s in KINDS}
+    steps = np.array([0, 8])
+    by_seed = np.array([[losses[f"entmax-{s}"][t] - losses[f"softmax-{s}"][t] for t in steps] for s in (1, 2)])
+    by_tokens, _, axes = figures[0].axes
+    assert [len(line.get_xdata()) for line in by_tokens.lines] == [3, 2, 3, 3]
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert labels == ["softmax-1 and 1 more", "entmax-2 and 1 more"]
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), 0)
+    np.testing.assert_allclose(axes.lines[1].get_data(), (steps * 4 * 64, by_seed.mean(0)))
+    margin = 12.7062 * np.abs(by_seed[0] - by_seed[1]) / 2
+    band = axes.collections[1].get_paths()[0].vertices
+    for t, low, high in zip(steps * 4 * 64, by_seed.mean(0) - margin, by_seed.mean(0) + margin, strict=True):
+        of_t = band[band[:, 0] == t, 1]
+        assert (of_t.min(), of_t.max()) == pytest.approx((low, high), rel=1e-5)
+    # with other seeds each run is held against the first
+    assert call(capsys, "softmax-1", "softmax-2", "entmax-1")[0] == 0
+    assert len(figures[1].axes[2].lines) >= 3
+
+
 def test_figure_shows_what_there_is(here, capsys):
     """No validation, one of the initial weights alone, steps skipped, a line being written, a name of formulas."""
     edit_log(here / "softmax-1", lambda r: None if "val_loss" in r else r)
@@ -546,7 +570,7 @@ def test_figure_shows_what_there_is(here, capsys):
     assert shown["final validation loss, nats"][0] == "-" and shown["tokens trained"] == ["2.048k"] * 4
     assert shown["difference to the first, nats"] == ["-"] * 4
     assert shown["step, ms"][2] != "-"
-    assert drawn(here / "comparison.png")[1] == [0, 1, 2, 3]  # the first in the legend alone
+    assert drawn(here / "comparison.png")[1] == [0, 1, 2]  # the last, softmax-1, in the legend alone
     code, out, err = call(capsys, *names[::-1])
     assert code == 0 and "no checkpoint of its last validation, after step 0" in err
     shown = {line[:30].strip(): line[30:].split() for line in out.splitlines()[3:18]}
