@@ -113,7 +113,8 @@ def read_evaluation(path, validation):
     """The Evaluation in a run's evaluation.npz; None if that is missing, damaged or not of this validation."""
     try:
         with np.load(path / "evaluation.npz", allow_pickle=False) as file:
-            if int(file["step"]) != validation.step or abs(file["val_losses"].mean() - validation.loss) > 1e-6:
+            of_this = np.isclose(file["val_losses"].mean(), validation.loss, rtol=0, atol=1e-6, equal_nan=True)
+            if int(file["step"]) != validation.step or not of_this:
                 return None
             of_text = str(file["val_data"]), int(file["sequence_length"]), file["val_losses"]
             return Evaluation(*of_text, str(file["hellaswag"]), file["hellaswag_right"])
@@ -230,7 +231,8 @@ def t_quantile(df):
 def paired(a, b):
     """The mean of b - a, (n,) each, and its 95% margin, None for n = 1."""
     # neighbouring sequences share documents, so the true margin is wider: by a fifth or more for 128 bytes of Python
-    d, n = b - a, len(a)
+    with np.errstate(invalid="ignore"):  # of infinite losses the difference is NaN
+        d, n = b - a, len(a)
     return float(d.mean()), float(t_quantile(n - 1) * d.std(ddof=1) / math.sqrt(n)) if n > 1 else None
 
 
@@ -266,24 +268,31 @@ def name_of(kind):
     return f"{first.name} and {len(others)} more" if others else first.name
 
 
+def same_text(a, b):
+    """Whether two kinds validated on the same sequences."""
+    return text(*list(a.values())[:1]) == text(*list(b.values())[:1])
+
+
 def over_seeds(runs):
     """Lines on the final losses of the kinds_of() runs, where there are two seeds or more."""
     kinds = [kind for kind in kinds_of(runs) if len(kind) > 1]
-    samples = [(name_of(kind), {seed: run.last("loss") for seed, run in kind.items()}) for kind in kinds]
+    samples = [{seed: run.last("loss") for seed, run in kind.items()} for kind in kinds]
     lines = []
-    for names, losses in samples:
+    for kind, losses in zip(kinds, samples, strict=True):
         of_all = losses.values()
         spread = f"standard deviation {math.sqrt(statistics.variance(of_all)):.5f}, n = {len(losses)}"
-        lines.append(f"Over seeds, {names}: mean {statistics.fmean(of_all):.4f}, {spread}")
-    for names, losses in samples[1:]:
-        first_names, first = samples[0]
-        if losses.keys() == first.keys():  # of one seed are the random draws of the weights and the order of the data
+        lines.append(f"Over seeds, {name_of(kind)}: mean {statistics.fmean(of_all):.4f}, {spread}")
+    for kind, losses in zip(kinds[1:], samples[1:], strict=True):
+        start, first = f"Over seeds, {name_of(kind)} less {name_of(kinds[0])}", samples[0]
+        if not same_text(kinds[0], kind):
+            lines.append(f"{start}: no difference, as they validated on other sequences")
+        elif losses.keys() == first.keys():  # of one seed are the random draws of the weights and the order of the data
             mean, margin = paired(*(np.array([x[seed] for seed in first]) for x in (first, losses)))
             method = "by Student's t of the differences seed by seed"
+            lines.append(f"{start}: {mean:+.5f} ±{margin:.5f} (95% over seeds, {method})")
         else:
             mean, margin = welch(list(first.values()), list(losses.values()))
-            method = "by Welch's t"
-        lines.append(f"Over seeds, {names} less {first_names}: {mean:+.5f} ±{margin:.5f} (95% over seeds, {method})")
+            lines.append(f"{start}: {mean:+.5f} ±{margin:.5f} (95% over seeds, by Welch's t)")
     return lines
 
 
@@ -372,7 +381,7 @@ def print_csv(names, rows):
 
 
 def print_table(names, rows, markdown):
-    """A column a run. For a terminal, names that are too wide for it are broken."""
+    """A column a run. For a terminal, eight runs side by side, and names that are too wide for it are broken."""
     titles = [title for title, _ in ROWS.values()]
     columns = [["-" if v[key] is None else show(v[key]) for key, (_, show) in ROWS.items()] for v in rows]
     if markdown:
@@ -380,6 +389,11 @@ def print_table(names, rows, markdown):
         print("| --- |", " | ".join("---:" for _ in names), "|")
         for title, *cells in zip(titles, *columns, strict=True):
             print(f"| {title.strip()} |", " | ".join(cells), "|")
+        return
+    if len(names) > 8:
+        print_table(names[:8], rows[:8], markdown)
+        print()
+        print_table(names[8:], rows[8:], markdown)
         return
     left = max(map(len, titles))
     room = (TERMINAL - left) // len(names) - 2
@@ -417,13 +431,15 @@ def draw_over_seeds(axes, first, kind, style):
     mean, margin = np.array(pairs).reshape(-1, 2).T
     axes.plot(tokens, mean, **style)
     axes.fill_between(tokens, mean - margin, mean + margin, color=style["color"], alpha=0.2, linewidth=0)
+    if kind is not first:
+        axes.errorbar(tokens[-1:], mean[-1:], margin[-1:], color=style["color"], capsize=5)
 
 
 def draw(runs, rows, path):
     """A PNG: the loss against tokens and hours, the difference to the first against tokens. Raises UserError.
 
-    Runs that are alike but for the seed share a colour. Where each kind has the same seeds, the difference is that of
-    the kinds, seed by seed.
+    Where two kinds have the same seeds, runs that are alike but for the seed share a colour, and differences are means
+    over seeds.
     """
     try:
         from matplotlib import rc_context
@@ -433,31 +449,29 @@ def draw(runs, rows, path):
     figure = Figure(figsize=(15, 5.5), dpi=150, layout="constrained")
     by_tokens, by_hours, by_difference = figure.subplots(1, 3)
     kinds = kinds_of(runs)
-    labels = [name_of(kind) for kind in kinds]
-    kind_of = {run.path: i for i, kind in enumerate(kinds) for run in kind.values()}
-    for run in runs:
-        if run.path not in kind_of:  # without a validation, or a seed once more
-            kind_of[run.path] = len(labels)
-            labels.append(run.name if run.validations else f"{run.name} (no validation)")
-    styles = [
-        {"color": COLOURS[i % 7], "marker": "os^Dv<>"[i % 7], "linestyle": "-" if i < 7 else "--", "ms": 4}
-        for i in range(len(labels))
-    ]
-    lines = {}
-    for run in runs:
-        i = kind_of[run.path]
-        tokens, hours, losses = ([getattr(v, f) for v in run.validations] for f in ("tokens", "hours", "loss"))
-        (lines[i],) = by_tokens.plot(tokens, losses, **styles[i])
-        by_hours.plot(hours, losses, **styles[i])
-    one_text = all(values["difference"] is not None for values in rows[1:])
-    if one_text and len(kinds) > 1 and len(kinds[0]) > 1 and all(kind.keys() == kinds[0].keys() for kind in kinds):
-        for kind, style in zip(kinds, styles, strict=False):
-            draw_over_seeds(by_difference, kinds[0], kind, style)
+    by_seed = [kind for kind in kinds if kind.keys() == kinds[0].keys() and same_text(kinds[0], kind)]
+    if len(by_seed) < 2 or len(kinds[0]) < 2:
+        by_seed, kinds = [], [{run.config.seed: run} for run in runs]
+    else:  # and those without a validation, or of a seed once more
+        shown = [run.path for kind in kinds for run in kind.values()]
+        kinds += [{run.config.seed: run} for run in runs if run.path not in shown]
+    lines, labels = [], []
+    for i, kind in enumerate(kinds):
+        style = {"color": COLOURS[i % 7], "marker": "os^Dv<>"[i % 7], "linestyle": "-" if i < 7 else "--", "ms": 4}
+        for run in kind.values():
+            tokens, hours, losses = ([getattr(v, f) for v in run.validations] for f in ("tokens", "hours", "loss"))
+            (line,) = by_tokens.plot(tokens, losses, **style)
+            by_hours.plot(hours, losses, **style)
+        lines.append(line)
+        labels.append(name_of(kind) if run.validations else f"{run.name} (no validation)")
+        if not by_seed:
+            draw_difference(by_difference, runs[0], run, rows[i], style)
+        elif kind in by_seed:
+            draw_over_seeds(by_difference, by_seed[0], kind, style)
+    if by_seed:
         by_difference.set_ylabel("difference to the first, mean over seeds (nats a token)")
-        by_difference.set_title("bands: 95%, over seeds", fontsize="medium")
+        by_difference.set_title("band: 95%, over seeds", fontsize="medium")
     else:
-        for run, values in zip(runs, rows, strict=True):
-            draw_difference(by_difference, runs[0], run, values, styles[kind_of[run.path]])
         by_difference.set_ylabel("validation loss less that of the first run (nats a token)")
         by_difference.set_title("bars: 95%, over the choice of validation text", fontsize="medium")
     trained = [v.loss for run in runs for v in run.validations if v.step and math.isfinite(v.loss)]
@@ -468,6 +482,7 @@ def draw(runs, rows, path):
             margin = 0.05 * (max(trained) - min(trained)) or 0.1
             axes.set_ylim(min(trained) - margin, max(trained) + margin)
     by_hours.set_xlabel("hours of training and validation")
+    by_hours.locator_params(axis="x", nbins=5)
     for axes in (by_tokens, by_difference):
         axes.set_xlabel("training tokens")
         axes.xaxis.set_major_formatter(lambda tokens, _: short(tokens))
@@ -476,7 +491,7 @@ def draw(runs, rows, path):
     try:
         with rc_context({"text.parse_math": False}):  # a name with two $ is no formula
             columns = min(4, max(1, 140 // (max(map(len, labels)) + 8)))
-            figure.legend([lines[i] for i in range(len(labels))], labels, loc="outside lower center", ncols=columns)
+            figure.legend(lines, labels, loc="outside lower center", ncols=columns)
             figure.savefig(path, format="png")
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written ({error.strerror}): name a file in another place") from error

@@ -377,6 +377,16 @@ def test_seeds(here, capsys, no_figure):
     assert f"{name}: {difference:+.5f} ±{margin:.5f} (95% over seeds, by Welch's t)" in out
 
 
+def test_seeds_on_other_text_have_no_difference(here, capsys, no_figure):
+    for name in ("entmax-1", "entmax-2"):
+        for file in ("evaluation.npz", "checkpoint_8"):
+            (here / name / file).unlink()
+        rewrite(here / name / "config.toml", "sequence_length = 64", "sequence_length = 32")
+    out = call(capsys, "softmax-1", "entmax-1", "softmax-2", "entmax-2")[1]
+    line = "entmax-1 and 1 more less softmax-1 and 1 more: no difference, as they validated on other sequences"
+    assert line in out and "95% over seeds" not in out
+
+
 def test_welch_of_unequal_samples():
     a, b = [3.0, 3.2, 3.1], [2.9, 2.0]
     mean, margin = compare.welch(a, b)
@@ -479,6 +489,10 @@ def test_eight_runs_fit_into_a_terminal(here, capsys, no_figure):
     assert max(map(len, lines)) <= 120
     heads = [line.split() for line in lines[2:7]]
     assert ["".join(parts) for parts in zip(*heads[:-1], strict=True)] == names and heads[-1][0] == "parameters"
+    shutil.copytree("entmax-1", "ninth")
+    lines = call(capsys, *names, "ninth")[1].splitlines()
+    assert max(map(len, lines[:40])) <= 120 and [line.split() for line in lines].count(["ninth"]) == 1
+    assert sum(line.startswith("parameters") for line in lines) == 2
     # folders of the same name are told apart by what was given
     shutil.copytree("softmax-1", "other/entmax-1")
     assert call(capsys, "entmax-1", "other/entmax-1")[1].splitlines()[2].split() == ["entmax-1", "other/entmax-1"]
@@ -497,7 +511,7 @@ def test_figure(here, capsys):
     code, _, err = call(capsys, "softmax-1", "entmax-1", "entmax-2", "--out", "three.png")
     assert code == 0 and "drew three.png" in err
     (width, height), colours = drawn(here / "three.png")
-    assert 1500 <= width <= 3000 and 500 <= height <= 1500 and colours == [0, 1]  # a kind has one
+    assert 1500 <= width <= 3000 and 500 <= height <= 1500 and colours == [0, 1, 2]
 
 
 def test_curves_are_those_of_the_logs(here, losses, capsys, monkeypatch):
@@ -540,7 +554,7 @@ def test_curve_over_seeds(here, capsys, monkeypatch):
     steps = np.array([0, 8])
     by_seed = np.array([[losses[f"entmax-{s}"][t] - losses[f"softmax-{s}"][t] for t in steps] for s in (1, 2)])
     by_tokens, _, axes = figures[0].axes
-    assert [len(line.get_xdata()) for line in by_tokens.lines] == [3, 2, 3, 3]
+    assert [len(line.get_xdata()) for line in by_tokens.lines] == [3, 3, 2, 3]
     labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
     assert labels == ["softmax-1 and 1 more", "entmax-2 and 1 more"]
     np.testing.assert_allclose(axes.lines[0].get_ydata(), 0)
@@ -550,9 +564,21 @@ def test_curve_over_seeds(here, capsys, monkeypatch):
     for t, low, high in zip(steps * 4 * 64, by_seed.mean(0) - margin, by_seed.mean(0) + margin, strict=True):
         of_t = band[band[:, 0] == t, 1]
         assert (of_t.min(), of_t.max()) == pytest.approx((low, high), rel=1e-5)
-    # with other seeds each run is held against the first
+    # a run that was only started, and one of another seed, take nothing from it
+    shutil.copytree("entmax-1", "started")
+    edit_log(here / "started", lambda r: None if "val_loss" in r else r)
+    shutil.copytree("entmax-1", "other")
+    rewrite(here / "other" / "config.toml", "\nseed = 1", "\nseed = 3")
+    rewrite(here / "other" / "config.toml", "\nalpha = 1.5", "\nalpha = 1.25")
+    assert call(capsys, "softmax-1", "entmax-2", "softmax-2", "entmax-1", "started", "other")[0] == 0
+    axes = figures[1].axes[2]
+    np.testing.assert_allclose(axes.lines[1].get_data(), (steps * 4 * 64, by_seed.mean(0)))
+    labels = [text.get_text() for text in figures[1].legends[0].get_texts()]
+    assert labels == ["softmax-1 and 1 more", "entmax-2 and 1 more", "other", "started (no validation)"]
+    # where seeds differ each run is held against the first
     assert call(capsys, "softmax-1", "softmax-2", "entmax-1")[0] == 0
-    assert len(figures[1].axes[2].lines) >= 3
+    assert [text.get_text() for text in figures[2].legends[0].get_texts()] == ["softmax-1", "softmax-2", "entmax-1"]
+    assert figures[2].axes[2].get_ylabel() == "validation loss less that of the first run (nats a token)"
 
 
 def test_figure_shows_what_there_is(here, capsys):
@@ -570,7 +596,7 @@ def test_figure_shows_what_there_is(here, capsys):
     assert shown["final validation loss, nats"][0] == "-" and shown["tokens trained"] == ["2.048k"] * 4
     assert shown["difference to the first, nats"] == ["-"] * 4
     assert shown["step, ms"][2] != "-"
-    assert drawn(here / "comparison.png")[1] == [0, 1, 2]  # the last, softmax-1, in the legend alone
+    assert drawn(here / "comparison.png")[1] == [0, 1, 2, 3]  # the first in the legend alone
     code, out, err = call(capsys, *names[::-1])
     assert code == 0 and "no checkpoint of its last validation, after step 0" in err
     shown = {line[:30].strip(): line[30:].split() for line in out.splitlines()[3:18]}
