@@ -379,7 +379,7 @@ def _forward(
         else:  # the step from here leaves less than the rounding of p to 16 bits
             tolerance: tl.constexpr = 0.06 if p_q.dtype.element_ty == tl.float16 else 0.24
             bound = tl.minimum(tolerance * (alpha - 1), tolerance / 2)
-            m = _exponent(tau, total, lower, 1.0, EXACT)  # from below the root it leaves (1 - 1 / m) h^2 or less
+            m = _exponent(tau, total, lower, 1.0, EXACT)  # from below the root it leaves about (1 - 1 / m) h^2
             unsettled = h * h * tl.where(h > 0, 2 - 2 * _inverse(m, EXACT), 1.0) > bound * bound
         new_tau = tau + step
         if go <= 2:  # the guess lands nearer to the root, on either side
