@@ -268,9 +268,9 @@ def name_of(kind):
     return f"{first.name} and {len(others)} more" if others else first.name
 
 
-def same_text(a, b):
+def of_one_text(a, b):
     """Whether two kinds validated on the same sequences."""
-    return text(*list(a.values())[:1]) == text(*list(b.values())[:1])
+    return text(next(iter(a.values()))) == text(next(iter(b.values())))
 
 
 def over_seeds(runs):
@@ -284,7 +284,7 @@ def over_seeds(runs):
         lines.append(f"Over seeds, {name_of(kind)}: mean {statistics.fmean(of_all):.4f}, {spread}")
     for kind, losses in zip(kinds[1:], samples[1:], strict=True):
         start, first = f"Over seeds, {name_of(kind)} less {name_of(kinds[0])}", samples[0]
-        if not same_text(kinds[0], kind):
+        if not of_one_text(kinds[0], kind):
             lines.append(f"{start}: no difference, as they validated on other sequences")
         elif losses.keys() == first.keys():  # of one seed are the random draws of the weights and the order of the data
             mean, margin = paired(*(np.array([x[seed] for seed in first]) for x in (first, losses)))
@@ -449,12 +449,12 @@ def draw(runs, rows, path):
     figure = Figure(figsize=(15, 5.5), dpi=150, layout="constrained")
     by_tokens, by_hours, by_difference = figure.subplots(1, 3)
     kinds = kinds_of(runs)
-    by_seed = [kind for kind in kinds if kind.keys() == kinds[0].keys() and same_text(kinds[0], kind)]
-    if len(by_seed) < 2 or len(kinds[0]) < 2:
-        by_seed, kinds = [], [{run.config.seed: run} for run in runs]
-    else:  # and those without a validation, or of a seed once more
-        shown = [run.path for kind in kinds for run in kind.values()]
+    by_seed = [kind for kind in kinds if kind.keys() == kinds[0].keys() and of_one_text(kinds[0], kind)]
+    if len(by_seed) > 1 and len(kinds[0]) > 1:
+        shown = [run.path for kind in kinds for run in kind.values()]  # not one without a validation, or a seed again
         kinds += [{run.config.seed: run} for run in runs if run.path not in shown]
+    else:
+        by_seed, kinds = [], [{run.config.seed: run} for run in runs]
     lines, labels = [], []
     for i, kind in enumerate(kinds):
         style = {"color": COLOURS[i % 7], "marker": "os^Dv<>"[i % 7], "linestyle": "-" if i < 7 else "--", "ms": 4}
