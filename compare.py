@@ -231,9 +231,9 @@ def t_quantile(df):
 def paired(a, b):
     """The mean of b - a, (n,) each, and its 95% margin, None for n = 1."""
     # neighbouring sequences share documents, so the true margin is wider: by a fifth or more for 128 bytes of Python
-    with np.errstate(invalid="ignore"):  # of infinite losses the difference is NaN
+    with np.errstate(invalid="ignore"):  # infinite losses may leave NaN
         d, n = b - a, len(a)
-    return float(d.mean()), float(t_quantile(n - 1) * d.std(ddof=1) / math.sqrt(n)) if n > 1 else None
+        return float(d.mean()), float(t_quantile(n - 1) * d.std(ddof=1) / math.sqrt(n)) if n > 1 else None
 
 
 def welch(a, b):
@@ -276,23 +276,22 @@ def of_one_text(a, b):
 def over_seeds(runs):
     """Lines on the final losses of the kinds_of() runs, where there are two seeds or more."""
     kinds = [kind for kind in kinds_of(runs) if len(kind) > 1]
-    samples = [{seed: run.last("loss") for seed, run in kind.items()} for kind in kinds]
     lines = []
-    for kind, losses in zip(kinds, samples, strict=True):
-        of_all = losses.values()
-        spread = f"standard deviation {math.sqrt(statistics.variance(of_all)):.5f}, n = {len(losses)}"
-        lines.append(f"Over seeds, {name_of(kind)}: mean {statistics.fmean(of_all):.4f}, {spread}")
-    for kind, losses in zip(kinds[1:], samples[1:], strict=True):
-        start, first = f"Over seeds, {name_of(kind)} less {name_of(kinds[0])}", samples[0]
-        if not of_one_text(kinds[0], kind):
-            lines.append(f"{start}: no difference, as they validated on other sequences")
-        elif losses.keys() == first.keys():  # of one seed are the random draws of the weights and the order of the data
-            mean, margin = paired(*(np.array([x[seed] for seed in first]) for x in (first, losses)))
-            method = "by Student's t of the differences seed by seed"
-            lines.append(f"{start}: {mean:+.5f} ±{margin:.5f} (95% over seeds, {method})")
+    for kind in kinds:
+        losses = [run.last("loss") for run in kind.values()]
+        spread = f"standard deviation {math.sqrt(statistics.variance(losses)):.5f}, n = {len(losses)}"
+        lines.append(f"Over seeds, {name_of(kind)}: mean {statistics.fmean(losses):.4f}, {spread}")
+    for kind in kinds[1:]:
+        first = kinds[0]
+        if not of_one_text(first, kind):
+            difference = "no difference, as they validated on other sequences"
+        elif kind.keys() == first.keys():  # of one seed are the random draws of the weights and the order of the data
+            mean, margin = paired(*(np.array([x[seed].last("loss") for seed in first]) for x in (first, kind)))
+            difference = f"{mean:+.5f} ±{margin:.5f} (95% over seeds, by Student's t of the differences seed by seed)"
         else:
-            mean, margin = welch(list(first.values()), list(losses.values()))
-            lines.append(f"{start}: {mean:+.5f} ±{margin:.5f} (95% over seeds, by Welch's t)")
+            mean, margin = welch(*([run.last("loss") for run in x.values()] for x in (first, kind)))
+            difference = f"{mean:+.5f} ±{margin:.5f} (95% over seeds, by Welch's t)"
+        lines.append(f"Over seeds, {name_of(kind)} less {name_of(first)}: {difference}")
     return lines
 
 
@@ -449,12 +448,14 @@ def draw(runs, rows, path):
     figure = Figure(figsize=(15, 5.5), dpi=150, layout="constrained")
     by_tokens, by_hours, by_difference = figure.subplots(1, 3)
     kinds = kinds_of(runs)
-    by_seed = [kind for kind in kinds if kind.keys() == kinds[0].keys() and of_one_text(kinds[0], kind)]
-    if len(by_seed) > 1 and len(kinds[0]) > 1:
+    paired_kinds = [len(kind) > 1 and kind.keys() == kinds[0].keys() and of_one_text(kinds[0], kind) for kind in kinds]
+    by_seed = sum(paired_kinds) > 1
+    if by_seed:
         shown = [run.path for kind in kinds for run in kind.values()]  # not one without a validation, or a seed again
-        kinds += [{run.config.seed: run} for run in runs if run.path not in shown]
+        others = [{run.config.seed: run} for run in runs if run.path not in shown]
+        kinds, paired_kinds = kinds + others, paired_kinds + [False] * len(others)
     else:
-        by_seed, kinds = [], [{run.config.seed: run} for run in runs]
+        kinds = [{run.config.seed: run} for run in runs]
     lines, labels = [], []
     for i, kind in enumerate(kinds):
         style = {"color": COLOURS[i % 7], "marker": "os^Dv<>"[i % 7], "linestyle": "-" if i < 7 else "--", "ms": 4}
@@ -466,8 +467,8 @@ def draw(runs, rows, path):
         labels.append(name_of(kind) if run.validations else f"{run.name} (no validation)")
         if not by_seed:
             draw_difference(by_difference, runs[0], run, rows[i], style)
-        elif kind in by_seed:
-            draw_over_seeds(by_difference, by_seed[0], kind, style)
+        elif paired_kinds[i]:
+            draw_over_seeds(by_difference, kinds[0], kind, style)
     if by_seed:
         by_difference.set_ylabel("difference to the first, mean over seeds (nats a token)")
         by_difference.set_title("band: 95%, over seeds", fontsize="medium")

@@ -316,7 +316,7 @@ def _forward(
     # The tile on the diagonal and the one before it come first, since near keys are often the largest
     zero, zero_8 = tl.zeros([TILE], tl.float32), tl.zeros([TILE, 8], tl.float32)
     b_y = _dot(b_q, tl.trans(_load_last(p_k, s_kt, tl.maximum(i_q - 1, 0), T, D, BD, TILE)), None)
-    b_y = tl.where(i_q > 0, b_y, -INFINITY)
+    b_y = tl.where(i_q > 0, b_y, -INFINITY)  # the first has none before it
     b_z = _causal(_dot(b_q, tl.trans(_load_last(p_k, s_kt, i_q, T, D, BD, TILE)), None), o_q, i_q)
     near = _max(b_y)
     top, floor = _larger(_max(b_z), near), zero - 1
@@ -376,7 +376,7 @@ def _forward(
         h, step = _newton(total, lower, alpha, R, EXACT)
         if EXACT:
             unsettled = tl.abs(h) > 1e-6
-        else:  # the step from here leaves less than the rounding of p to 16 bits
+        else:  # the step from here leaves, as a rule, less than the rounding of p to 16 bits
             tolerance: tl.constexpr = 0.06 if p_q.dtype.element_ty == tl.float16 else 0.24
             bound = tl.minimum(tolerance * (alpha - 1), tolerance / 2)
             m = _exponent(tau, total, lower, 1.0, EXACT)  # from below the root it leaves about (1 - 1 / m) h^2

@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 import statistics
+import warnings
 
 import conftest
 import numpy as np
@@ -207,6 +208,13 @@ def test_an_older_file_or_one_of_another_run_is_not_taken(here, losses, capsys, 
     assert "entmax-1: no sound evaluation.npz of step 8" in err
 
 
+def test_a_loss_that_is_nan_takes_a_file_of_nan_alone(here, losses, capsys, no_figure):
+    edit_log(here / "entmax-1", lambda r: r | {"val_loss": math.nan} if r["step"] == 8 and "val_loss" in r else r)
+    assert "no sound evaluation.npz of step 8" in table(capsys, "softmax-1", "entmax-1")[1]
+    leave_evaluation(here / "entmax-1", losses["entmax-1"] * math.nan, in_log=False)
+    assert "no sound evaluation.npz" not in table(capsys, "softmax-1", "entmax-1")[1]
+
+
 def test_checkpoint_of_another_step_is_not_taken(here, capsys, no_figure):
     """The table shows the loss after 8 steps, so the weights after 4 would be another comparison."""
     (here / "entmax-1" / "evaluation.npz").unlink()
@@ -375,6 +383,13 @@ def test_seeds(here, capsys, no_figure):
     margin = margin_by_integration((a + b) ** 2 / (a**2 + b**2), math.sqrt(a + b))
     out = call(capsys, "softmax-1", "entmax-1", "softmax-2", "entmax-2")[1]
     assert f"{name}: {difference:+.5f} ±{margin:.5f} (95% over seeds, by Welch's t)" in out
+
+
+@pytest.mark.parametrize("loss", (math.inf, math.nan))
+def test_losses_that_are_not_finite_give_no_warning(loss):
+    with warnings.catch_warnings(action="error"):
+        mean, margin = compare.paired(np.array([1.0, loss, 3.0]), np.array([1.0, math.inf, 2.0]))
+    assert not math.isfinite(mean) and math.isnan(margin)
 
 
 def test_seeds_on_other_text_have_no_difference(here, capsys, no_figure):
