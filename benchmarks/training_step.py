@@ -108,9 +108,9 @@ def batches_of(args, micro_batch_size, device):
 
 
 KINDS = {  # of kernels, by what their names hold; the first that fits counts
-    "attention": ("flash", "fmha", "sdpa", "cudnn", "_lists", "_query_gradient", "_key_value_gradient", "_forward"),
-    "optimizer": ("multi_tensor", "adam", "lpnorm"),
     "loss": ("log_softmax", "nll_loss", "logsumexp", "cross_entropy", "one_hot"),
+    "attention": ("flash", "fmha", "sdpa", "cudnn", "_forward", "_mend", "_lists", "query_gradient", "value_gradient"),
+    "optimizer": ("multi_tensor", "adam", "lpnorm"),
     "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk"),
     "copies": ("memcpy", "memset"),
 }
