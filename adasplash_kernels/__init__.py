@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from adasplash_kernels.reference import entmax_reference
 
 try:
-    from adasplash_kernels.kernels import INTERPRETED, entmax_kernels, entmax_kernels_packed
+    from adasplash_kernels.kernels import INTERPRETED, LONGEST, entmax_kernels, entmax_kernels_packed
 except ModuleNotFoundError as error:
     if error.name != "triton":
         raise
@@ -24,7 +24,7 @@ def causal_entmax_attention(q, k, v, alpha=1.5, scale=None):
     """Attention with alpha-entmax in the place of softmax, each query over the keys up to its own.
 
     q: (B, H, R, D); k, v: (B, H, T, D) with 1 <= R <= T: the queries are the last R of the T positions.
-        float32, bfloat16 or float16, summed in float32; float64, D > 128 and R < T are left to the reference.
+        float32, bfloat16 or float16, summed in float32; float64, D > 128, T > 2^19 and R < T are left to the reference.
     alpha: 1 is softmax, as is a number below 1.00001; 2 is sparsemax. A number, or a one-element float32 tensor on q's
         device from there to 2: the host never reads that, so a compiled or captured model follows as it changes.
     scale: of the scores q.k, positive; 1 / sqrt(D) by default.
@@ -70,8 +70,8 @@ def _parameters(q, alpha, scale):
 def _operator(q, k):
     """The Triton kernels where they run; the reference elsewhere, and for what is no part of training."""
     runs = entmax_kernels is not None and (q.is_cuda or (INTERPRETED.value and q.device.type == "cpu"))
-    takes = q.shape[2] == k.shape[2] and q.shape[3] <= 128 and q.dtype != torch.float64
-    return entmax_kernels if runs and takes else entmax_reference
+    takes = runs and q.shape[2] == k.shape[2] <= max(LONGEST.values()) and q.shape[3] <= 128
+    return entmax_kernels if takes and q.dtype != torch.float64 else entmax_reference
 
 
 def _check(q, k, v, alpha, scale):

@@ -2,14 +2,14 @@
 
 For one row, z are its raw scores q.k, c = (alpha - 1) * scale, r = 1 / (alpha - 1), u = [c (z - max z) - tau]_+, and
 its probabilities are p = u^r; docs/kernels.md says how tau is found. A tile is TILE queries by TILE keys. On the
-diagonal some queries do not see some keys. A program takes the queries (or the keys) of one tile and visits tiles by a
-list:
+diagonal some queries do not see some keys. A program takes the queries (or the keys) of one tile:
 
     forward    finds the row maxima and, on the way, a threshold that tau cannot be below and an estimate of tau; lists
                the tiles that exceed that threshold somewhere; sweeps over these until tau stands; adds up the output
-               and marks on a map what has support
-    lists      turns the map into lists by query block, or by key block
-    query_gradient, key_value_gradient      visit the listed tiles only
+               and marks on a map which groups of GROUP keys, and of GROUP queries, have support in which tile
+    mend       does the queries again for which tau came out too low, which is rare
+    lists      turns the map into lists of key groups by query block, and of query groups by key block
+    query_gradient, key_value_gradient      gather what is listed, from wherever it is, and the tile on the diagonal
 
 Each output is written by one program, in a fixed order: two calls give the same bits.
 
@@ -64,11 +64,9 @@ def _parts(b_x):
 
 
 @triton.jit
-def _marks(p_8, EXACT: tl.constexpr):
-    """From sums [M, 8], 1 where there is support (NaN counts): [M / 16, 8, 4] of a thread's own, for _word."""
+def _marks(p_8):
+    """From sums [M, 8], without NaN, 1 where there is support: [M / 16, 8, 4] of a thread's own, for _word."""
     M: tl.constexpr = p_8.shape[0]
-    if EXACT:  # else there is no NaN
-        p_8 = tl.where(p_8 != 0, 1.0, 0.0)
     return (tl.sum(tl.sum(tl.reshape(p_8, [M // 16, 2, 8, 4, 2]), 4), 1) > 0).to(tl.int32)
 
 
@@ -76,6 +74,70 @@ def _marks(p_8, EXACT: tl.constexpr):
 def _word(bits):
     """All the bits in one integer."""
     return tl.reduce(tl.reduce(tl.reduce(bits, 2, _either), 1, _either), 0, _either)
+
+
+@triton.jit
+def _or(b_x, axis: tl.constexpr):
+    """Of integers, along an axis: 0 if all are 0, else something else."""
+    if INTERPRETED:
+        return tl.max((b_x != 0).to(tl.int32), axis)
+    else:
+        return tl.reduce(b_x, axis, _either)
+
+
+@triton.jit
+def _together(bits, axis: tl.constexpr, GROUP: tl.constexpr):
+    """The bits along an axis of 8 neighbours, which are bits of different groups unless these have more than 8."""
+    if GROUP <= 8:
+        return tl.sum(bits, axis)
+    else:
+        return tl.reduce(bits, axis, _either)
+
+
+@triton.jit
+def _union(bits, EXACT: tl.constexpr):
+    """[M / 16, 8, 4] -> [M / 16], the bits that the threads of a warp have: with tensor cores, by one instruction."""
+    if EXACT:  # elsewhere these are not neighbours, and Triton 3.6 would lose some
+        return tl.reduce(tl.reduce(bits, 2, _either), 1, _either)
+    else:
+        return tl.reduce(tl.reshape(bits, [bits.shape[0], 32]), 1, _either)
+
+
+@triton.jit
+def _support(b_p, p_8, GROUP: tl.constexpr, EXACT: tl.constexpr):
+    """Which groups of keys, from bit 0 on, and of queries, from bit N / GROUP on, have support: a word for 16 rows.
+
+    b_p [M, N] and p_8, its sums by _parts -> [M / 16]. NaN counts as support.
+    """
+    M: tl.constexpr = b_p.shape[0]
+    N: tl.constexpr = b_p.shape[1]
+    o_2, o_4, o_8, o_n = tl.arange(0, 2), tl.arange(0, 4), tl.arange(0, 8), tl.arange(0, N // 8)
+    # as the tensor cores leave it: a thread has rows i and i + 8 of 16, and of each a pair of columns in 8
+    bits = tl.reshape(b_p.to(tl.int32, bitcast=True), [M // 16, 2, 8, N // 8, 4, 2])
+    keys = (_or(_or(bits, 5), 1) != 0).to(tl.int32) << (o_n * 8 // GROUP)[None, None, :, None]
+    keys = _together(keys, 2, GROUP) << (o_4 * 2 // GROUP)[None, None, :]
+    bits = tl.reshape(p_8.to(tl.int32, bitcast=True), [M // 16, 2, 8, 4, 2])
+    queries = (_or(bits, 4) != 0).to(tl.int32) << (o_2 * 8 // GROUP)[None, :, None, None]
+    queries = _together(queries, 1, GROUP) << (o_8 // GROUP)[None, :, None]
+    keys, queries = _union(keys, EXACT), _union(queries, EXACT)
+    return keys.to(tl.uint32).to(tl.int64) | (queries.to(tl.int64) << N // GROUP)
+
+
+@triton.jit
+def _store_words(p_words, words):
+    """Each thread stores what it has, if others do so too: tl.store would first pass it on through shared memory."""
+    if INTERPRETED:
+        tl.store(p_words, words.to(p_words.dtype.element_ty))
+    elif p_words.dtype.element_ty == tl.int64:
+        tl.inline_asm_elementwise(
+            "st.global.b64 [$1], $2; mov.b32 $0, 0;", "=r,l,l", [p_words.to(tl.int64), words], tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.inline_asm_elementwise(
+            "st.global.b16 [$1], $2; mov.b32 $0, 0;", "=r,l,h", [p_words.to(tl.int64), words.to(tl.int16)], tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -296,28 +358,30 @@ def _rise(
 
 @triton.jit(do_not_specialize=["T", "H", "n"])
 def _forward(
-    p_q, p_k, p_v, p_o, p_top, p_tau, p_list, p_map, p_alpha, scale, T, H, n,
-    s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt,
-    R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TILE: tl.constexpr, EXACT: tl.constexpr,
+    p_q, p_k, p_v, p_o, p_top, p_shift, p_list, p_map, p_alpha, scale, T, H, n, s_b, s_h, s_t,
+    R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TILE: tl.constexpr, EXACT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     i_bh, i_q = tl.program_id(0) // n, n - 1 - tl.program_id(0) % n  # the longest rows first
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-    p_q += i_b * s_qb + i_h * s_qh
-    p_k += i_b * s_kb + i_h * s_kh
-    p_v += i_b * s_vb + i_h * s_vh
+    p_q += i_b * s_b + i_h * s_h
+    p_k += i_b * s_b + i_h * s_h
+    p_v += i_b * s_b + i_h * s_h
     p_o += (i_b * T * H + i_h) * D
     p_list += tl.program_id(0).to(tl.int64) * n
-    p_map += (i_bh.to(tl.int64) * n + i_q) * n
+    p_map += (i_bh.to(tl.int64) * n + i_q) * n * (TILE // 16)
     alpha, r, c = _parameters(p_alpha, scale, R)
     o_q = i_q * TILE + tl.arange(0, TILE)
     o_32 = tl.arange(0, 32)
-    b_q = _load_last(p_q, s_qt, i_q, T, D, BD, TILE)
+    b_q = _load_last(p_q, s_t, i_q, T, D, BD, TILE)
+    for start in range(0, n * (TILE // 16), 128):  # nothing has support until it is found
+        o = start + tl.arange(0, 128)
+        tl.store(p_map + o, tl.zeros([128], p_map.dtype.element_ty), mask=o < n * (TILE // 16))
 
     # The tile on the diagonal and the one before it come first, since near keys are often the largest
     zero, zero_8 = tl.zeros([TILE], tl.float32), tl.zeros([TILE, 8], tl.float32)
-    b_y = _dot(b_q, tl.trans(_load_last(p_k, s_kt, tl.maximum(i_q - 1, 0), T, D, BD, TILE)), None)
+    b_y = _dot(b_q, tl.trans(_load_last(p_k, s_t, tl.maximum(i_q - 1, 0), T, D, BD, TILE)), None)
     b_y = tl.where(i_q > 0, b_y, -INFINITY)  # the first has none before it
-    b_z = _causal(_dot(b_q, tl.trans(_load_last(p_k, s_kt, i_q, T, D, BD, TILE)), None), o_q, i_q)
+    b_z = _causal(_dot(b_q, tl.trans(_load_last(p_k, s_t, i_q, T, D, BD, TILE)), None), o_q, i_q)
     near = _max(b_y)
     top, floor = _larger(_max(b_z), near), zero - 1
     b_p, b_lower = _powers(_above(b_z, top[:, None], floor[:, None], c, EXACT), r, R)
@@ -334,7 +398,7 @@ def _forward(
         # sums and maxima stay in 8 parts of a row, which takes no exchange between threads, until they are used
         top_8, total_8, lower_8 = zero_8 - INFINITY, zero_8, zero_8
         for i in range(0, tl.minimum(i_q - done, 32)):
-            b_z = _dot(b_q, tl.trans(_load(p_k, s_kt, i_q - 1 - done - i, D, BD, TILE)), None)
+            b_z = _dot(b_q, tl.trans(_load(p_k, s_t, i_q - 1 - done - i, D, BD, TILE)), None)
             top_8 = _larger(top_8, _max(_parts(b_z)))
             b_u = _above_any(b_z, top[:, None], tl.where(o_q < T, floor, INFINITY)[:, None], c, R, EXACT)
             b_p, b_lower = _powers(b_u, r, R)
@@ -342,7 +406,7 @@ def _forward(
             total_8, lower_8 = total_8 + p_8, lower_8 + tl.sum(_parts(b_lower), 1)
             if EXACT or R <= 0:  # where the maximum is NaN, so are the sums, and only that row is to be passed over
                 p_8 = tl.where(p_8 > 0, 1.0, 0.0)
-            bits |= _marks(p_8, False) << i
+            bits |= _marks(p_8) << i
         new_total, new_lower = tl.sum(total_8, 1), tl.sum(lower_8, 1)
         if R == 2 and not EXACT:
             new_total, new_lower = new_total * (LIMIT * LIMIT), new_lower * LIMIT
@@ -361,15 +425,16 @@ def _forward(
     ceiling = tl.where(o_q < T, ceiling, INFINITY)
     floor = tl.where(o_q < T, floor, INFINITY)
     tau = tl.maximum(tl.minimum(_guess(floor, total, lower, r, R, EXACT), ceiling), floor)
+    tolerance: tl.constexpr = 0.06 if p_q.dtype.element_ty == tl.float16 else 0.24  # of 16 bits
     go = 1
     while go > 0:
         total_8, lower_8 = zero_8, zero_8
         for i in range(0, n_list):
             j = tl.load(p_list + i).to(tl.int32)
-            b_z = _dot(b_q, tl.trans(_load(p_k, s_kt, j, D, BD, TILE)), None)
+            b_z = _dot(b_q, tl.trans(_load(p_k, s_t, j, D, BD, TILE)), None)
             b_p, b_lower = _powers(_above(b_z, top[:, None], tau[:, None], c, EXACT), r, R)
             total_8, lower_8 = total_8 + tl.sum(_parts(b_p), 1), lower_8 + tl.sum(_parts(b_lower), 1)
-        b_z = _causal(_dot(b_q, tl.trans(_load_last(p_k, s_kt, i_q, T, D, BD, TILE)), None), o_q, i_q)
+        b_z = _causal(_dot(b_q, tl.trans(_load_last(p_k, s_t, i_q, T, D, BD, TILE)), None), o_q, i_q)
         b_p, b_lower = _powers(_above(b_z, top[:, None], tau[:, None], c, EXACT), r, R)
         total = tl.sum(total_8 + tl.sum(_parts(b_p), 1), 1)
         lower = tl.sum(lower_8 + tl.sum(_parts(b_lower), 1), 1)
@@ -377,7 +442,6 @@ def _forward(
         if EXACT:
             unsettled = tl.abs(h) > 1e-6
         else:  # the step from here leaves, as a rule, less than the rounding of p to 16 bits
-            tolerance: tl.constexpr = 0.06 if p_q.dtype.element_ty == tl.float16 else 0.24
             bound = tl.minimum(tolerance * (alpha - 1), tolerance / 2)
             m = _exponent(tau, total, lower, 1.0, EXACT)  # from below the root it leaves about (1 - 1 / m) h^2
             unsettled = h * h * tl.where(h > 0, 2 - 2 * _inverse(m, EXACT), 1.0) > bound * bound
@@ -389,81 +453,171 @@ def _forward(
         tau = new_tau
         go = tl.where(go < MAX_SWEEPS, go + 1, 0) * tl.max(moving.to(tl.int32), 0)
 
-    # The output, and which of the listed tiles have support
+    # The output, and which groups of keys and queries have support
     nan = tl.max(((top != top) & (o_q < T)).to(tl.int32), 0)  # has support, though u be 0
+    p_words = p_map + tl.arange(0, TILE // 16)
     total_8, b_o = zero_8, tl.zeros([TILE, BD], tl.float32)
-    for done in range(0, n_list, 32):
-        bits = tl.zeros([TILE // 16, 8, 4], tl.int32)
-        for i in range(0, tl.minimum(n_list - done, 32)):
-            j = tl.load(p_list + done + i).to(tl.int32)
-            b_z = _dot(b_q, tl.trans(_load(p_k, s_kt, j, D, BD, TILE)), None)
+    for done in range(0, n_list, 32):  # in parts, since Triton 3.6 then takes less shared memory
+        for i in range(done, tl.minimum(done + 32, n_list)):
+            j = tl.load(p_list + i).to(tl.int32)
+            b_z = _dot(b_q, tl.trans(_load(p_k, s_t, j, D, BD, TILE)), None)
             b_p = _powers(_above(b_z, top[:, None], tau[:, None], c, EXACT), r, R)[0]
-            b_v = _load(p_v, s_vt, j, D, BD, TILE)
+            b_v = _load(p_v, s_t, j, D, BD, TILE)
             b_o = _dot(b_p.to(b_v.dtype), b_v, b_o)
             p_8 = tl.sum(_parts(b_p), 1)
             total_8 += p_8
-            bits |= _marks(p_8, EXACT) << i
-        flags = ((_word(bits) | -nan) >> o_32) & 1
-        listed = done + o_32 < n_list
-        tiles = tl.load(p_list + done + o_32, mask=listed, other=0).to(tl.int32)
-        tl.store(p_map + tiles, flags.to(tl.int8), mask=listed)
-    b_z = _causal(_dot(b_q, tl.trans(_load_last(p_k, s_kt, i_q, T, D, BD, TILE)), None), o_q, i_q)
+            _store_words(p_words + j * (TILE // 16), _support(b_p, p_8, GROUP, EXACT) | -nan)
+    b_z = _causal(_dot(b_q, tl.trans(_load_last(p_k, s_t, i_q, T, D, BD, TILE)), None), o_q, i_q)
     b_p = _powers(_above(b_z, top[:, None], tau[:, None], c, EXACT), r, R)[0]
-    b_v = _load_last(p_v, s_vt, i_q, T, D, BD, TILE)
+    b_v = _load_last(p_v, s_t, i_q, T, D, BD, TILE)
     b_o = _dot(b_p.to(b_v.dtype), b_v, b_o)
-    p_8 = tl.sum(_parts(b_p), 1)
-    tl.store(p_map + i_q, ((_word(_marks(p_8, EXACT)) | -nan) & 1).to(tl.int8))
 
-    total = tl.sum(total_8 + p_8, 1)
+    total = tl.sum(total_8 + tl.sum(_parts(b_p), 1), 1)
     _, step = _newton(total, lower, alpha, R, EXACT)  # lower is the last sweep's: nearly the same
+    if not EXACT:  # the last step may have let in many keys from just below tau: for _mend, by the diagonal's word
+        p_own, one = p_map + i_q * (TILE // 16) + 0 * o_q, tl.full([TILE], 1, p_map.dtype.element_ty)
+        tl.store(p_own, one, mask=(total > 1 + tolerance / 8) & (o_q < T))
     tau = tl.minimum(tl.maximum(tau + step, floor), ceiling)
     o_row = i_bh.to(tl.int64) * n * TILE + o_q
     if EXACT:
         tl.store(p_top + o_row, top)
     else:
         tau += top * c
-    tl.store(p_tau + o_row, tl.where(o_q < T, tau, 1e30))  # p is 0 beyond T
+    tl.store(p_shift + o_row, tl.where(o_q < T, -tau, -1e30))  # p is 0 beyond T
     _store(p_o, H * D, i_q, T, b_o * (1 / total)[:, None], D, BD, TILE)
+
+
+@triton.jit(do_not_specialize=["heads", "T", "H", "n"])
+def _mend(
+    p_q, p_k, p_v, p_o, p_shift, p_map, p_alpha, scale, heads, T, H, n, s_b, s_h, s_t,
+    R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TILE: tl.constexpr, EXACT: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Once more those blocks of queries that _forward has marked, by Newton's steps from where it ended.
+
+    A program has 128 blocks to look after, the last one fewer: of `heads` heads, n each.
+    """
+    alpha, r, c = _parameters(p_alpha, scale, R)
+    o_block = tl.program_id(0).to(tl.int64) * 128 + tl.arange(0, 128)
+    p_own = p_map + (o_block * n + o_block % n) * (TILE // 16)
+    marked = tl.load(p_own, mask=o_block < heads * n, other=0) != 0
+    while tl.max(marked.to(tl.int32), 0) > 0:
+        block = tl.min(tl.where(marked, o_block, heads.to(tl.int64) * n), 0)
+        marked = marked & (o_block != block)
+        i_b, i_h, i_q = block // n // H, block // n % H, (block % n).to(tl.int32)
+        p_qi, p_ki, p_vi = p_q + i_b * s_b + i_h * s_h, p_k + i_b * s_b + i_h * s_h, p_v + i_b * s_b + i_h * s_h
+        p_row = p_shift + block * TILE + tl.arange(0, TILE)
+        o_q = i_q * TILE + tl.arange(0, TILE)
+        b_q = _load_last(p_qi, s_t, i_q, T, D, BD, TILE)
+        shift, go = tl.load(p_row), 1
+        while go > 0:
+            total, lower = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
+            for j in range(0, i_q + 1):
+                b_z = _causal(_dot(b_q, tl.trans(_load_last(p_ki, s_t, j, T, D, BD, TILE)), None), o_q, j)
+                b_p, b_lower = _powers(_saturated(b_z, c, shift[:, None]), r, R)
+                total, lower = total + tl.sum(b_p, 1), lower + tl.sum(b_lower, 1)
+            _, step = _newton(total, lower, alpha, R, EXACT)
+            moving = (tl.abs(total - 1) > 2e-4) & (shift - step != shift) & (total > 0) & (o_q < T)
+            shift = tl.where(moving, shift - step, shift)
+            go = tl.where(go < MAX_SWEEPS, go + 1, 0) * tl.max(moving.to(tl.int32), 0)
+        tl.store(p_row, shift)
+        nan = tl.max((shift != shift).to(tl.int32), 0)
+        p_words = p_map + block * n * (TILE // 16) + tl.arange(0, TILE // 16)
+        total, b_o = tl.zeros([TILE], tl.float32), tl.zeros([TILE, BD], tl.float32)
+        for j in range(0, i_q + 1):
+            b_z = _causal(_dot(b_q, tl.trans(_load_last(p_ki, s_t, j, T, D, BD, TILE)), None), o_q, j)
+            b_p = _powers(_saturated(b_z, c, shift[:, None]), r, R)[0]
+            b_v = _load_last(p_vi, s_t, j, T, D, BD, TILE)
+            b_o = _dot(b_p.to(b_v.dtype), b_v, b_o)
+            p_8 = tl.sum(_parts(b_p), 1)
+            total += tl.sum(p_8, 1)
+            _store_words(p_words + j * (TILE // 16), _support(b_p, p_8, GROUP, EXACT) | -nan)
+        _store(p_o + (i_b * T * H + i_h) * D, H * D, i_q, T, b_o * (1 / total)[:, None], D, BD, TILE)
 
 
 # -----------------------------------------------------------------------------
 # backward
 
 
-@triton.jit(do_not_specialize=["n", "s_line", "s_entry"])
-def _lists(p_map, p_list, p_count, n, s_line, s_entry, BLOCK: tl.constexpr):
-    """The tiles off the diagonal that are marked in each line (row or column) of the map (n, n), ascending."""
-    i_bh, i_line = (tl.program_id(0) // n).to(tl.int64), (tl.program_id(0) % n).to(tl.int64)
-    p_map += i_bh * n * n + i_line * s_line
-    p_list += tl.program_id(0).to(tl.int64) * n
+@triton.jit
+def _flags(p_map, start, last, s_tile, of_queries, WORDS: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr):
+    """Of TILES tiles from `start` on, before `last`: 1 for each of the GROUPS of a tile that has support."""
+    o_i, o_word = start + tl.arange(0, TILES), tl.arange(0, WORDS)
+    p_words = p_map + (tl.cast(o_i, tl.int64) * s_tile * WORDS)[:, None] + o_word[None, :]
+    words = tl.load(p_words, mask=(o_i < last)[:, None], other=0).to(tl.int64)
+    if of_queries:  # a word has those of 16
+        words = (words >> GROUPS & ((1 << GROUPS // WORDS) - 1)) << (o_word * (GROUPS // WORDS))[None, :]
+    words = tl.reduce(words.to(tl.int32), 1, _either)
+    return tl.reshape(words[:, None] >> tl.arange(0, GROUPS)[None, :], [TILES * GROUPS]) & 1
+
+
+@triton.jit(do_not_specialize=["n"])
+def _lists(p_map, p_list, p_count, n, WORDS: tl.constexpr, GROUPS: tl.constexpr):
+    """Ascending, the groups that have support: of keys in a row of the map, before the diagonal; or where the second
+    index of the program is 1 of queries in a column, after it.
+
+    A tile has GROUPS of either, as bits in WORDS words (see _support). What visits a list takes some groups at a time:
+    to fill these up, the list goes on with groups that have no support, each once, as if their tile were visited whole.
+    """
+    TILES: tl.constexpr = 256 // GROUPS
+    i_bh, i_line = (tl.program_id(0) // n).to(tl.int64), tl.program_id(0) % n
+    of_queries = tl.program_id(1) > 0
+    i_list = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    s_line, s_tile = tl.where(of_queries, 1, n), tl.where(of_queries, n, 1)
+    p_map += (i_bh * n * n + i_line.to(tl.int64) * s_line) * WORDS
+    p_list += i_list.to(tl.int64) * n * GROUPS
+    first, last = tl.where(of_queries, i_line + 1, 0), tl.where(of_queries, n, i_line)
     n_list = 0
-    for start in range(0, n, BLOCK):
-        o_i = start + tl.arange(0, BLOCK)
-        mask = (o_i < n) & (o_i != i_line)
-        flags = tl.load(p_map + tl.cast(o_i, tl.int64) * s_entry, mask=mask, other=0).to(tl.int32)
-        tl.store(p_list + n_list + tl.cumsum(flags, 0) - flags, o_i.to(tl.int16), mask=flags > 0)
+    for start in range(first, last, TILES):
+        flags = _flags(p_map, start, last, s_tile, of_queries, WORDS, GROUPS, TILES)
+        groups = start * GROUPS + tl.arange(0, TILES * GROUPS)
+        tl.store(p_list + n_list + tl.cumsum(flags, 0) - flags, groups.to(tl.int16), mask=flags > 0)
         n_list += tl.sum(flags, 0)
-    tl.store(p_count + tl.program_id(0), n_list)
+    n_all, start = n_list, first
+    while (n_all < n_list + GROUPS) & (start < last):
+        groups = start * GROUPS + tl.arange(0, GROUPS)
+        flags = 1 - _flags(p_map, start, last, s_tile, of_queries, WORDS, GROUPS, 1)
+        o = n_all + tl.cumsum(flags, 0) - flags
+        tl.store(p_list + o, groups.to(tl.int16), mask=(flags > 0) & (o < n_list + GROUPS))
+        n_all, start = n_all + tl.sum(flags, 0), start + 1
+    tl.store(p_count + i_list, n_list)
+
+
+@triton.jit
+def _members(groups, GROUP: tl.constexpr):
+    """The positions in T of groups of GROUP."""
+    o = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    return tl.reshape(o, [groups.shape[0] * GROUP])
+
+
+@triton.jit
+def _gather(p_x, stride, o, T, D: tl.constexpr, BD: tl.constexpr):
+    """Rows o of x (T, D), which lie stride apart; zero for those beyond T."""
+    o = o.to(tl.uint32)[:, None]
+    mask = (o < T) & (tl.arange(0, BD)[None, :] < D)
+    return tl.load(p_x + (o * stride + tl.arange(0, BD)[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def _above_saved(b_z, top, shift, c, EXACT: tl.constexpr):
+    """u from what _saved says of a row."""
+    if EXACT:
+        return tl.maximum((b_z - top) * c + shift, 0.0, propagate_nan=NAN)
+    else:
+        return _saturated(b_z, c, shift)
 
 
 @triton.jit
 def _query_visit(
-    b_g, b_l, g_8, l_8, j, b_q, b_zo, mean, top, tau, o_q, p_k, p_v, s_kt, s_vt, T, c, r,
-    R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr, DIAGONAL: tl.constexpr,
+    b_g, b_l, g_8, l_8, o_k, b_k, b_v, b_q, b_zo, less_mean, top, shift, o_q, c, r,
+    R: tl.constexpr, EXACT: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys of block j to the sums of _query_gradient."""
-    if DIAGONAL:
-        b_k = _load_last(p_k, s_kt, j, T, D, BD, BN)
-        b_v = _load_last(p_v, s_vt, j, T, D, BD, BN)
-    else:
-        b_k = _load(p_k, s_kt, j, D, BD, BN)
-        b_v = _load(p_v, s_vt, j, D, BD, BN)
-    b_z = _dot(b_q, tl.trans(b_k), None)  # [TILE, BN]
+    """Add keys to the sums of _query_gradient."""
+    b_z = _dot(b_q, tl.trans(b_k), None)  # [TILE, BLOCK]
     b_zp = _dot(b_zo, tl.trans(b_v), None)
     if DIAGONAL:
-        b_z = _causal(b_z, o_q, j)
-    _, b_lower = _powers(_above(b_z, top, tau, c, EXACT), r, R)  # p^(2 - alpha)
-    b_zs = b_lower * (b_zp - mean[:, None])
+        b_z = tl.where(o_q[:, None] >= o_k[None, :], b_z, -INFINITY)
+    _, b_lower = _powers(_above_saved(b_z, top, shift, c, EXACT), r, R)  # p^(2 - alpha)
+    b_zs = b_lower * (b_zp + less_mean[:, None])
     b_g = _dot(b_zs.to(b_k.dtype), b_k, b_g)
     b_l = _dot(b_lower.to(b_k.dtype), b_k, b_l)
     return b_g, b_l, g_8 + tl.sum(_parts(b_zs), 1), l_8 + tl.sum(_parts(b_lower), 1)
@@ -471,73 +625,73 @@ def _query_visit(
 
 @triton.jit(do_not_specialize=["T", "H", "n"])
 def _query_gradient(
-    p_q, p_k, p_v, p_o, p_do, p_dq, p_top, p_tau, p_delta, p_list, p_count, p_alpha, scale, T, H, n,
-    s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot, s_db, s_dh, s_dt,
-    R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TILE: tl.constexpr, EXACT: tl.constexpr, PARTS: tl.constexpr,
+    p_q, p_k, p_v, p_o, p_do, p_dq, p_top, p_shift, p_rows, p_list, p_count, p_alpha, scale, T, H, n,
+    s_b, s_h, s_t, s_ob, s_oh, s_ot, s_db, s_dh, s_dt,
+    R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TILE: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale * sum of u^(r-1) (dp - delta) k, where delta is the mean of dp weighted by u^(r-1).
 
-    One visit of each tile: with the p-weighted mean, dO . O, for a first delta, both sums of k are gathered and
-    combined when delta is known. A tile is visited in PARTS of its keys, which spares registers.
+    One visit of each key: with the p-weighted mean, dO . O, for a first delta, both sums of k are gathered and
+    combined when delta is known. BLOCK keys are visited together. For _key_value_gradient it leaves p_rows, (rows, 2):
+    shift, which is -tau or what stands for it (see _saved), and -delta.
     """
-    BN: tl.constexpr = TILE // PARTS
-    i_bh, i_q = tl.program_id(0) // n, n - 1 - tl.program_id(0) % n
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: the next kernel begins with what is still cached
+    i_bh, i_q = program // n, program % n
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-    p_q += i_b * s_qb + i_h * s_qh
-    p_k += i_b * s_kb + i_h * s_kh
-    p_v += i_b * s_vb + i_h * s_vh
+    p_q += i_b * s_b + i_h * s_h
+    p_k += i_b * s_b + i_h * s_h
+    p_v += i_b * s_b + i_h * s_h
     p_o += i_b * s_ob + i_h * s_oh
     p_do += i_b * s_db + i_h * s_dh
     p_dq += (i_b * T * 3 * H + i_h) * D  # of dqkv (B, T, 3, H, D), like dk and dv
     i_list = i_bh * n + i_q
-    p_list += i_list.to(tl.int64) * n
+    p_list += i_list.to(tl.int64) * n * (TILE // GROUP)
     alpha, r, c = _parameters(p_alpha, scale, R)
     o_q = i_q * TILE + tl.arange(0, TILE)
     o_row = i_bh.to(tl.int64) * n * TILE + o_q
-    tau = tl.load(p_tau + o_row)[:, None]
+    shift = tl.load(p_shift + o_row)
     top = tl.load(p_top + o_row)[:, None] if EXACT else 0.0
-    b_q = _in_registers(_load_last(p_q, s_qt, i_q, T, D, BD, TILE), EXACT)
-    b_zo = _in_registers(_load_last(p_do, s_dt, i_q, T, D, BD, TILE), EXACT)
+    b_q = _load_last(p_q, s_t, i_q, T, D, BD, TILE)  # all loads first
+    b_zo = _load_last(p_do, s_dt, i_q, T, D, BD, TILE)
     b_o = _load_last(p_o, s_ot, i_q, T, D, BD, TILE)
-    mean = tl.sum(b_zo.to(tl.float32) * b_o.to(tl.float32), 1)
+    b_k = _load_last(p_k, s_t, i_q, T, D, BD, TILE)
+    b_v = _load_last(p_v, s_t, i_q, T, D, BD, TILE)
+    n_list = tl.load(p_count + i_list)
+    b_q, b_zo = _in_registers(b_q, EXACT), _in_registers(b_zo, EXACT)
+    less_mean = -tl.sum(b_zo.to(tl.float32) * b_o.to(tl.float32), 1)
     b_g, b_l = tl.zeros([TILE, BD], tl.float32), tl.zeros([TILE, BD], tl.float32)
     g_8, l_8 = tl.zeros([TILE, 8], tl.float32), tl.zeros([TILE, 8], tl.float32)
-    for part in tl.static_range(PARTS):
+    b_g, b_l, g_8, l_8 = _query_visit(
+        b_g, b_l, g_8, l_8, o_q, b_k, b_v, b_q, b_zo, less_mean, top, shift[:, None], o_q, c, r, R, EXACT, True
+    )
+    for i in range(0, tl.cdiv(n_list * GROUP, BLOCK)):
+        o_k = _members(tl.load(p_list + i * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)).to(tl.int32), GROUP)
         b_g, b_l, g_8, l_8 = _query_visit(
-            b_g, b_l, g_8, l_8, i_q * PARTS + part, b_q, b_zo, mean, top, tau, o_q, p_k, p_v, s_kt, s_vt, T, c, r,
-            R, D, BD, BN, EXACT, True)  # fmt: skip
-    for i in range(0, tl.load(p_count + i_list) * PARTS):
-        j = tl.load(p_list + i // PARTS).to(tl.int32) * PARTS + i % PARTS
-        b_g, b_l, g_8, l_8 = _query_visit(
-            b_g, b_l, g_8, l_8, j, b_q, b_zo, mean, top, tau, o_q, p_k, p_v, s_kt, s_vt, T, c, r,
-            R, D, BD, BN, EXACT, False)  # fmt: skip
-    shift = tl.sum(g_8, 1) / tl.sum(l_8, 1)
-    b_zq = scale * (b_g - shift[:, None] * b_l)
+            b_g, b_l, g_8, l_8, o_k, _gather(p_k, s_t, o_k, T, D, BD), _gather(p_v, s_t, o_k, T, D, BD), b_q, b_zo,
+            less_mean, top, shift[:, None], o_q, c, r, R, EXACT, False)  # fmt: skip
+    move = tl.sum(g_8, 1) / tl.sum(l_8, 1)
+    b_zq = scale * (b_g - move[:, None] * b_l)
     b_zq = tl.where(o_q[:, None] == 0, b_zq * 0.0, b_zq)  # the row of one key: p is 1 whatever the score (or NaN)
-    tl.store(p_delta + o_row, tl.where(o_q < T, mean + shift, 0.0))
+    tl.store(p_rows + 2 * o_row, shift)
+    tl.store(p_rows + 2 * o_row + 1, tl.where(o_q < T, less_mean - move, 0.0))
     _store(p_dq, 3 * H * D, i_q, T, b_zq, D, BD, TILE)
 
 
 @triton.jit
 def _key_value_visit(
-    b_zk, b_zv, i, b_k, b_v, o_k, p_q, p_do, p_top, p_tau, p_delta, s_qt, s_dt, T, c, r,
-    R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, EXACT: tl.constexpr, DIAGONAL: tl.constexpr,
+    b_zk, b_zv, o_q, b_q, b_zo, rows, top, b_k, b_v, o_k, c, r,
+    R: tl.constexpr, EXACT: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
-    """Add the queries of block i to the sums of _key_value_gradient."""
-    o_q = i * BM + tl.arange(0, BM)
-    b_q = _load_last(p_q, s_qt, i, T, D, BD, BM)
-    b_zo = _load_last(p_do, s_dt, i, T, D, BD, BM)
-    tau = tl.load(p_tau + o_q)[None, :]
-    top = tl.load(p_top + o_q)[None, :] if EXACT else 0.0
-    b_z = _dot(b_k, tl.trans(b_q), None)  # [TILE, BM], the transpose of the scores
+    """Add queries to the sums of _key_value_gradient."""
+    shift, less_delta = tl.split(tl.reshape(rows, [o_q.shape[0], 2]))
+    b_z = _dot(b_k, tl.trans(b_q), None)  # [TILE, BLOCK], the transpose of the scores
     b_zp = _dot(b_v, tl.trans(b_zo), None)
     if DIAGONAL:
         b_z = tl.where(o_q[None, :] >= o_k[:, None], b_z, -INFINITY)
-    b_p, b_lower = _powers(_above(b_z, top, tau, c, EXACT), r, R)
-    if not EXACT:
-        b_p += tau * 0.0  # NaN where the row has NaN
+    b_p, b_lower = _powers(_above_saved(b_z, top, shift[None, :], c, EXACT), r, R)
     b_zv = _dot(b_p.to(b_zo.dtype), b_zo, b_zv)
-    b_zs = b_lower * (b_zp - tl.load(p_delta + o_q)[None, :])
+    b_zs = b_lower * (b_zp + less_delta[None, :])
     if DIAGONAL:
         b_zs = tl.where(o_q[None, :] == 0, b_zs * 0.0, b_zs)  # the row of one key
     return _dot(b_zs.to(b_q.dtype), b_q, b_zk), b_zv
@@ -545,38 +699,45 @@ def _key_value_visit(
 
 @triton.jit(do_not_specialize=["T", "H", "n"])
 def _key_value_gradient(
-    p_q, p_k, p_v, p_do, p_dk, p_dv, p_top, p_tau, p_delta, p_list, p_count, p_alpha, scale, T, H, n,
-    s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_db, s_dh, s_dt,
-    R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TILE: tl.constexpr, EXACT: tl.constexpr, PARTS: tl.constexpr,
+    p_q, p_k, p_v, p_do, p_dk, p_dv, p_top, p_rows, p_list, p_count, p_alpha, scale, T, H, n,
+    s_b, s_h, s_t, s_db, s_dh, s_dt,
+    R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TILE: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dK = scale * dS^T Q and dV = P^T dO, of one key block. A tile is visited in PARTS of its queries."""
-    BM: tl.constexpr = TILE // PARTS
+    """dK = scale * dS^T Q and dV = P^T dO, of one key block. BLOCK queries are visited together."""
     i_bh, i_k = tl.program_id(0) // n, tl.program_id(0) % n
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-    p_q += i_b * s_qb + i_h * s_qh
-    p_k += i_b * s_kb + i_h * s_kh
-    p_v += i_b * s_vb + i_h * s_vh
+    p_q += i_b * s_b + i_h * s_h
+    p_k += i_b * s_b + i_h * s_h
+    p_v += i_b * s_b + i_h * s_h
     p_do += i_b * s_db + i_h * s_dh
     p_dk += (i_b * T * 3 * H + i_h) * D
     p_dv += (i_b * T * 3 * H + i_h) * D
-    p_list += tl.program_id(0).to(tl.int64) * n
+    i_list = tl.num_programs(0) + tl.program_id(0)  # the lists of queries come after those of keys
+    p_list += i_list.to(tl.int64) * n * (TILE // GROUP)
     p_top += i_bh.to(tl.int64) * n * TILE
-    p_tau += i_bh.to(tl.int64) * n * TILE
-    p_delta += i_bh.to(tl.int64) * n * TILE
+    p_rows += i_bh.to(tl.int64) * n * TILE * 2
     alpha, r, c = _parameters(p_alpha, scale, R)
     o_k = i_k * TILE + tl.arange(0, TILE)
-    b_k = _in_registers(_load_last(p_k, s_kt, i_k, T, D, BD, TILE), EXACT)
-    b_v = _in_registers(_load_last(p_v, s_vt, i_k, T, D, BD, TILE), EXACT)
+    b_k = _load_last(p_k, s_t, i_k, T, D, BD, TILE)  # all loads first
+    b_v = _load_last(p_v, s_t, i_k, T, D, BD, TILE)
+    b_q = _load_last(p_q, s_t, i_k, T, D, BD, TILE)
+    b_zo = _load_last(p_do, s_dt, i_k, T, D, BD, TILE)
+    rows = tl.load(p_rows + 2 * i_k * TILE + tl.arange(0, 2 * TILE))
+    top = tl.load(p_top + o_k)[None, :] if EXACT else 0.0
+    n_list = tl.load(p_count + i_list)
+    b_k, b_v = _in_registers(b_k, EXACT), _in_registers(b_v, EXACT)
     b_zk, b_zv = tl.zeros([TILE, BD], tl.float32), tl.zeros([TILE, BD], tl.float32)
-    for part in tl.static_range(PARTS):
+    b_zk, b_zv = _key_value_visit(b_zk, b_zv, o_k, b_q, b_zo, rows, top, b_k, b_v, o_k, c, r, R, EXACT, True)
+    for i in range(0, tl.cdiv(n_list * GROUP, BLOCK)):
+        queries = tl.load(p_list + i * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)).to(tl.int32)
+        o_q = _members(queries, GROUP)
         b_zk, b_zv = _key_value_visit(
-            b_zk, b_zv, i_k * PARTS + part, b_k, b_v, o_k, p_q, p_do, p_top, p_tau, p_delta, s_qt, s_dt, T, c, r,
-            R, D, BD, BM, EXACT, True)  # fmt: skip
-    for j in range(0, tl.load(p_count + tl.program_id(0)) * PARTS):
-        i = tl.load(p_list + j // PARTS).to(tl.int32) * PARTS + j % PARTS
-        b_zk, b_zv = _key_value_visit(
-            b_zk, b_zv, i, b_k, b_v, o_k, p_q, p_do, p_top, p_tau, p_delta, s_qt, s_dt, T, c, r,
-            R, D, BD, BM, EXACT, False)  # fmt: skip
+            b_zk, b_zv, o_q, _gather(p_q, s_t, o_q, T, D, BD), _gather(p_do, s_dt, o_q, T, D, BD),
+            tl.load(p_rows + (queries[:, None] * (2 * GROUP) + tl.arange(0, 2 * GROUP)[None, :])),
+            tl.load(p_top + o_q)[None, :] if EXACT else 0.0, b_k, b_v, o_k, c, r, R, EXACT, False)  # fmt: skip
+    if not EXACT:
+        b_zv += b_zk * 0.0  # the u of a row with NaN are 0, so that it makes dK NaN alone
     _store(p_dk, 3 * H * D, i_k, T, b_zk * scale, D, BD, TILE)
     _store(p_dv, 3 * H * D, i_k, T, b_zv, D, BD, TILE)
 
@@ -585,10 +746,12 @@ def _key_value_gradient(
 # launchers
 
 
+# keys or queries in a group -> the longest T: in small groups less is visited in vain, but the lists are long
+LONGEST = {2: 1 << 13, 8: 1 << 18, 16: 1 << 19}
 # for 16 bits and D <= 64; the bounds on a thread's registers let more programs share a multiprocessor
 FORWARD = {"num_stages": 3, "maxnreg": 128}
-QUERY_GRADIENT = {"PARTS": 2, "num_stages": 3, "maxnreg": 168}
-KEY_VALUE_GRADIENT = {"PARTS": 2, "num_stages": 3, "maxnreg": 168}
+QUERY_GRADIENT = {"BLOCK": 32, "num_stages": 3, "maxnreg": 168}
+KEY_VALUE_GRADIENT = {"BLOCK": 32, "num_stages": 3, "maxnreg": 168}
 
 
 def _options(q, r):
@@ -597,31 +760,38 @@ def _options(q, r):
     exact = q.dtype == torch.float32
     tile, num_stages = (32, 2 if D <= 64 else 1) if exact else (64, 2)
     common = dict(T=T, H=q.shape[1], n=triton.cdiv(T, tile), D=D, BD=max(16, triton.next_power_of_2(D)), TILE=tile)
+    common |= dict(GROUP=next(group for group, longest in LONGEST.items() if T <= longest))
     # 16 bits do without the accurate logarithm
     common |= dict(R=-1 if r == 0 and not exact else r, EXACT=exact)
     common |= dict(num_warps=4 if D <= 64 else 8, num_stages=num_stages)
-    options = {}, {"PARTS": 1}, {"PARTS": 1}
+    options = {}, {"BLOCK": tile}, {"BLOCK": tile}
     if not exact and D <= 64:
         options = FORWARD, QUERY_GRADIENT, KEY_VALUE_GRADIENT
     return common["n"], *(common | x for x in options)
 
 
-def _strides(**tensors):
-    return {f"s_{name}{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("bht")}
+def _strides(x, name=""):
+    return {f"s_{name}{axis}": x.stride(i) for i, axis in enumerate("bht")}
 
 
-def _readable(x):
-    """x, copied if the elements of a row lie apart."""
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+def _readable(*tensors):
+    """The tensors, copied unless all have the same strides, the elements of a row together, and 32 bits reach them."""
+    strides = [x.stride() for x in tensors]
+    near = all(x == strides[0] and x[3] == 1 for x in strides) and tensors[0].shape[2] * strides[0][2] < 2**32
+    return tensors if near else [x.contiguous() for x in tensors]
 
 
 def _saved(q):
-    """Empty tensors for what the backward needs: of each row, to whole tiles, max z and tau, float32, or for 16 bits
-    only c max z + tau; the map of tiles (B H, n, n), 1 where a tile has support."""
+    """Empty tensors for what the backward needs: of each row, to whole tiles, max z and -tau, float32, or for 16 bits
+    only -(c max z + tau); the map of tiles (B H, n, n, TILE / 16), words of bits (see _support). The diagonal's are 0,
+    but where _forward found a block of queries in need of _mend.
+    """
     BH, (n, options, *_) = q.shape[0] * q.shape[1], _options(q, 0)
-    tau = q.new_empty(BH, n * options["TILE"], dtype=torch.float32)
-    top = tau.new_empty(tau.shape if options["EXACT"] else (BH, 0))
-    return top, tau, q.new_zeros(BH, n, n, dtype=torch.int8)
+    shift = q.new_empty(BH, n * options["TILE"], dtype=torch.float32)
+    top = shift.new_empty(shift.shape if options["EXACT"] else (BH, 0))
+    # bits for a tile's groups of keys and those of 16 queries
+    word = torch.int64 if options["TILE"] + 16 > 16 * options["GROUP"] else torch.int16
+    return top, shift, q.new_empty(BH, n, n, options["TILE"] // 16, dtype=word)
 
 
 def unpacked(qkv):
@@ -636,14 +806,17 @@ def _attend(
 
     alpha: one-element float32 tensor, or None and r = 1 / (alpha - 1), 1 or 2.
     """
-    q, k, v = _readable(q), _readable(k), _readable(v)
-    out, (top, tau, tile_map) = heads_last(q), _saved(q)
+    q, k, v = _readable(q, k, v)
+    out, (top, shift, tile_map) = heads_last(q), _saved(q)
     n, options, *_ = _options(q, r)
-    _forward[(q.shape[0] * q.shape[1] * n,)](
-        p_q=q, p_k=k, p_v=v, p_o=out, p_top=top, p_tau=tau, p_list=torch.empty_like(tile_map, dtype=torch.int16),
-        p_map=tile_map, p_alpha=alpha, scale=scale, **_strides(q=q, k=k, v=v), **options,
-    )  # fmt: skip
-    return out, top, tau, tile_map
+    heads = q.shape[0] * q.shape[1]
+    p_list = torch.empty(heads, n, n, dtype=torch.int16, device=q.device)
+    shared = dict(p_q=q, p_k=k, p_v=v, p_o=out, p_shift=shift, p_map=tile_map, p_alpha=alpha, scale=scale)
+    shared |= _strides(q) | options
+    _forward[heads * n,](p_top=top, p_list=p_list, **shared)
+    if not options["EXACT"]:
+        _mend[triton.cdiv(heads * n, 128),](heads=heads, **shared)
+    return out, top, shift, tile_map
 
 
 # not called by the other operator, so that PyTorch's dispatcher is gone through once
@@ -661,22 +834,22 @@ def entmax_kernels_packed(
 @operator("adasplash::entmax_backward")
 def entmax_kernels_backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, top: torch.Tensor,
-    tau: torch.Tensor, tile_map: torch.Tensor, alpha: torch.Tensor | None, r: int, scale: float,
+    shift: torch.Tensor, tile_map: torch.Tensor, alpha: torch.Tensor | None, r: int, scale: float,
 ) -> torch.Tensor:  # fmt: skip
     """The gradients of q, k and v in one, (B, T, 3, H, D)."""
-    dout, q, k, v, out = (_readable(x) for x in (dout, q, k, v, out))
+    (q, k, v), (dout,), (out,) = _readable(q, k, v), _readable(dout), _readable(out)
     dqkv = _gradient_like(q)
     dq, dk, dv = unpacked(dqkv)
     n, _, for_queries, for_keys = _options(q, r)
     programs = (q.shape[0] * q.shape[1] * n,)
-    shared = dict(p_q=q, p_k=k, p_v=v, p_do=dout, p_top=top, p_tau=tau, p_delta=torch.empty_like(tau), p_alpha=alpha)
-    shared |= dict(scale=scale, **_strides(q=q, k=k, v=v, d=dout))
-    lists = dict(p_list=torch.empty_like(tile_map, dtype=torch.int16))
-    lists |= dict(p_count=tile_map.new_empty(programs, dtype=torch.int32))
-    _lists[programs](p_map=tile_map, n=n, s_line=n, s_entry=1, BLOCK=128, num_warps=1, **lists)
-    _query_gradient[programs](p_o=out, p_dq=dq, **_strides(o=out), **lists, **shared, **for_queries)
-    _lists[programs](p_map=tile_map, n=n, s_line=1, s_entry=n, BLOCK=128, num_warps=1, **lists)
-    _key_value_gradient[programs](p_dk=dk, p_dv=dv, **lists, **shared, **for_keys)
+    shared = dict(p_q=q, p_k=k, p_v=v, p_do=dout, p_top=top, p_rows=shift.new_empty(*shift.shape, 2), p_alpha=alpha)
+    shared |= dict(scale=scale, **_strides(q), **_strides(dout, "d"))
+    groups = for_keys["TILE"] // for_keys["GROUP"]
+    shared |= dict(p_list=torch.empty(2, *programs, n * groups, dtype=torch.int16, device=q.device))
+    shared |= dict(p_count=shift.new_empty(2, *programs, dtype=torch.int32))
+    _lists[*programs, 2](tile_map, shared["p_list"], shared["p_count"], n, tile_map.shape[3], groups, num_warps=1)
+    _query_gradient[programs](p_o=out, p_shift=shift, p_dq=dq, **_strides(out, "o"), **shared, **for_queries)
+    _key_value_gradient[programs](p_dk=dk, p_dv=dv, **shared, **for_keys)
     return dqkv
 
 
@@ -697,7 +870,7 @@ def _(qkv, alpha, r, scale):
 
 
 @torch.library.register_fake("adasplash::entmax_backward")
-def _(dout, q, k, v, out, top, tau, tile_map, alpha, r, scale):
+def _(dout, q, k, v, out, top, shift, tile_map, alpha, r, scale):
     return _gradient_like(q)
 
 

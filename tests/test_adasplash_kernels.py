@@ -111,6 +111,33 @@ def exact_inputs(scores, offset=0.0, D=16, dtype=torch.float32, device="cpu"):
     return [x.to(device, dtype) for x in (q, k, v, 0.1 * dout)]  # so that float16 holds dk
 
 
+def clustered_inputs(H, T, seed, dtype, device="cpu"):
+    """q, k, v whose rows have, with scale = 1 and alpha = 1.5, a few keys above and all others together below their
+    threshold, by up to 0.1 and within 0.003 (of u): v adds up the weights of the former and of the latter."""
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = torch.zeros(3, 1, H, T, 16)
+    q[..., :2] = 1
+    for h in range(H):
+        n = int(torch.randint(2, 9, (), generator=g))
+        above = -torch.rand(n, generator=g)
+        above[0] = 0
+        tau = dense_entmax(above[None].double(), 1.5)[2].float()[0]
+        below = tau - 0.1 * torch.rand(1, generator=g) - 0.003 * torch.rand(T - n, generator=g)
+        order = torch.randperm(T, generator=g)
+        scores = torch.cat((above, 2 * below))[order]
+        k[0, h, :, 0] = (32 * scores).round() / 32  # in two parts, which 16 bits hold
+        k[0, h, :, 1] = scores - k[0, h, :, 0]
+        v[0, h, :, 0], v[0, h, :, 1] = order < n, order >= n
+    return [x.to(device, dtype) for x in (q, k, v)]
+
+
+def clustered_error(H, T, seed, dtype, device="cpu"):
+    """The largest error of a row's weights, above and below."""
+    q, k, v = clustered_inputs(H, T, seed, dtype, device)
+    p, *_ = dense_entmax(dense_scores(q.double(), k.double(), 1.0), 1.5)
+    return (causal_entmax_attention(q, k, v, 1.5, 1.0).double() - p @ v.double()).abs().max().item()
+
+
 EXTREMES = {
     "equal": (torch.zeros(40),),
     "dominating": (torch.tensor([0.0, 50.0] + [0.0] * 38),),
@@ -190,30 +217,88 @@ def test_one_key_has_no_gradient(alpha):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0))
 def test_tiles_with_support_are_visited(dtype, alpha):
-    """The map that the backward goes by has all tiles where the float64 solution has u > 1e-5, and leaves some out."""
+    """The map that the backward goes by has all groups that have u > 1e-5 in float64, and leaves some out."""
     from adasplash_kernels import kernels
 
     T, tile, n, r = 300, 64, 5, {1.5: 2, 2.0: 1}.get(alpha, 0)
+    group = kernels._options(torch.empty(1, 3, T, 16, dtype=dtype), r)[1]["GROUP"]
     q, k, v, _ = normal_inputs(1, 3, T, T, 16, seed=1, spread=8)
-    strength = torch.rand(1, 3, n, 1, generator=torch.Generator().manual_seed(0))
-    k *= strength.repeat_interleave(tile, 2)[:, :, :T]  # some tiles hold large keys, some small ones
+    k *= torch.rand(1, 3, T, 1, generator=torch.Generator().manual_seed(0)) ** 2  # some keys are large, some small
     q, k, v = (x.to(dtype) for x in (q, k, v))
     *_, tile_map = kernels.entmax_kernels(q, k, v, None if r else torch.tensor([alpha]), r, 0.25)
+    bits = (tile_map[..., None].long() >> torch.arange((tile + 16) // group)) & 1  # (H, n, n, tile / 16, bits)
     p, *_ = dense_entmax(dense_scores(q.double(), k.double(), 0.25)[0], alpha)
     support = F.pad(p ** (alpha - 1) > 1e-5, (0, n * tile - T, 0, n * tile - T))
-    support = support.view(3, n, tile, n, tile).any(4).any(2)
-    assert not (support & ~tile_map.bool()).any()
-    assert tile_map.sum() < 3 * n * (n + 1) / 2
+    support = support.view(3, n, tile // group, group, n, tile // group, group)
+    below = torch.ones(n, n, dtype=torch.bool).tril(-1)
+    keys, queries = bits[..., : tile // group].amax(3), bits[..., tile // group :].flatten(3)
+    for marked, expected in ((keys, support.any(3).any(2).any(-1)), (queries, support.any(-1).any(-1).any(3).mT)):
+        assert not (expected & ~marked.bool())[:, below].any()
+        assert marked[:, below].float().mean() < 0.9
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="is about the kernels")
+@pytest.mark.parametrize("group", (2, 8, 16))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+def test_lists_of_what_is_visited(group, dtype, monkeypatch):
+    """All groups of the map once, then different ones without support up to a whole block, of the right side."""
+    from adasplash_kernels import kernels
+
+    monkeypatch.setattr(kernels, "LONGEST", {group: 1 << 20})
+    q, k, v, _ = (x.to(dtype) for x in normal_inputs(1, 2, 300, 300, 16, seed=2, spread=8))
+    tile_map = kernels.entmax_kernels(q, k, v, None, 2, 0.25)[3]
+    n, WORDS = tile_map.shape[2:]
+    groups = 16 * WORDS // group
+    lists, counts = torch.full((2, 2, n, n * groups), -1, dtype=torch.int16), torch.empty(2, 2, n, dtype=torch.int32)
+    kernels._lists[2 * n, 2](tile_map, lists, counts, n, WORDS, groups, num_warps=1)
+    bits = (tile_map[..., None].long() >> torch.arange(groups + 16 // group)) & 1
+    keys, queries = bits[..., :groups].amax(3), bits[..., groups:].flatten(3)
+    for side, marked in ((0, keys), (1, queries.transpose(1, 2))):
+        for head in range(2):
+            for line in range(n):
+                first, last = (0, line) if side == 0 else (line + 1, n)
+                marks = marked[head, line, first:last].flatten()
+                expected, count = marks.nonzero().flatten() + first * groups, counts[side, head, line]
+                listed = lists[side, head, line, : -(-int(count) // groups) * groups].tolist()
+                assert listed[:count] == expected.tolist()
+                assert len(set(listed)) == len(listed) and all(first * groups <= x < last * groups for x in listed)
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="is about the kernels")
+@pytest.mark.parametrize("group", (8, 16))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+def test_groups_of_long_sequences_visited(group, dtype, monkeypatch):
+    """The larger groups, which only long sequences have, on short ones with much support and with little."""
+    from adasplash_kernels import kernels
+
+    monkeypatch.setattr(kernels, "LONGEST", {group: 1 << 20})
+    for spread in (0.3, 8):
+        check(*normal_inputs(1, 2, 150, 150, 16, 2, dtype, spread=spread), 1.5)
+
+
+@pytest.mark.parametrize("seed", (1, 8))
+def test_half_precision_of_keys_just_below_the_threshold(seed):
+    assert clustered_error(4, 160, seed, torch.bfloat16) < 0.025
+    assert clustered_error(4, 160, seed, torch.float16) < 0.002
+    q, k, v = clustered_inputs(4, 160, seed, torch.bfloat16)
+    if "TRITON_INTERPRET" in os.environ:  # some rows are indeed done again
+        tile_map = _operator(q, k)(q, k, v, None, 2, 1.0)[3]
+        assert tile_map.diagonal(dim1=1, dim2=2).any()
+    dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(0)).to(q.dtype)
+    expected = dense(q.double(), k.double(), v.double(), dout.double(), 1.5, 1.0)
+    for x, y in zip(run(q, k, v, dout, 1.5, 1.0), expected, strict=True):
+        assert error(x, y) < 0.02
 
 
 @pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0))
 def test_nan_in_nan_out(alpha):
-    for which in range(3):
-        inputs = normal_inputs(1, 2, 40, 40, 16)
-        inputs[which][0, 1, 20] = math.nan
-        out, dq, *_ = run(*inputs, alpha)
-        assert out[0, 1, 20].isnan().all() and dq[0, 1, 20].isnan().all()
-        assert not out[0, 0].isnan().any()
+    for dtype in (torch.float32, torch.bfloat16):
+        for which in range(3):
+            inputs = normal_inputs(1, 2, 70, 70, 16, dtype=dtype)
+            inputs[which][0, 1, 20] = math.nan
+            out, *gradients = run(*inputs, alpha)
+            assert out[0, 1, 20].isnan().all() and gradients[0][0, 1, 20].isnan().all()
+            assert not any(x[0, 0].isnan().any() for x in (out, *gradients))
 
 
 def test_alpha_one_is_softmax():
@@ -264,37 +349,43 @@ def test_wrong_arguments():
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="is the interpreter run")
 def test_kernels_in_the_interpreter():
     """The tests above again, small, in a process where CPU tensors go to the kernels."""
-    chosen = "half or extreme or nan or one_key or alpha or sum or same_bits or opcheck or visited"
+    chosen = "half or extreme or nan or one_key or alpha or sum or same_bits or opcheck or visited or strides"
     run_in_interpreter(__file__, f"{chosen} or 63-20-1.5 or 63-20-1.25")
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="compiles for GPUs")
+@pytest.mark.parametrize("T", (1024, 16384, 300000))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
-def test_tiles_fit_other_gpus(dtype):
+def test_kernels_fit_other_gpus(T, dtype):
     """Compiled, without such a GPU, for one of 100 KB of shared memory a program: Ada, and Ampere's smaller ones."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
     from adasplash_kernels import kernels
 
-    types = dict.fromkeys(("p_top", "p_tau", "p_delta"), "*fp32")
-    types |= {"p_list": "*i16", "p_count": "*i32", "p_map": "*i8", "scale": "fp32"}
-    of_tensors = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
-    _, *options = kernels._options(torch.empty(1, 1, 1024, 128, dtype=dtype), 2)
-    launched = (kernels._forward, kernels._query_gradient, kernels._key_value_gradient)
-    for kernel, chosen in zip(launched, options, strict=True):
+    q = torch.empty(1, 1, T, 128, dtype=dtype)
+    names = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int16: "i16"}
+    types = dict.fromkeys(("p_top", "p_shift", "p_rows"), "*fp32") | {"p_map": f"*{names[kernels._saved(q)[2].dtype]}"}
+    types |= {"p_list": "*i16", "p_count": "*i32", "scale": "fp32"}
+    _, forward, for_queries, for_keys = kernels._options(q, 2)
+    groups = forward["TILE"] // forward["GROUP"]
+    lists = dict(WORDS=forward["TILE"] // 16, GROUPS=groups, num_warps=1)
+    launched = [(kernels._forward, forward), (kernels._mend, forward), (kernels._lists, lists)]
+    launched += [(kernels._query_gradient, for_queries), (kernels._key_value_gradient, for_keys)]
+    for kernel, chosen in launched:
         constants, divisible = chosen | {"p_alpha": None}, {}
         signature = {}
         for i, name in enumerate(kernel.arg_names):
             if name.startswith(("p_", "s_")):
                 divisible[i,] = [["tt.divisibility", 16]]  # lets tiles be copied asynchronously, into shared memory
-            constant = kernel.params[i].is_constexpr or name == "p_alpha"
-            signature[name] = "constexpr" if constant else types.get(name, of_tensors if name[:2] == "p_" else "i32")
+            constant, tensor = kernel.params[i].is_constexpr or name == "p_alpha", name.startswith("p_")
+            signature[name] = "constexpr" if constant else types.get(name, f"*{names[dtype]}" if tensor else "i32")
         constants = {(i,): constants[name] for i, name in enumerate(kernel.arg_names) if signature[name] == "constexpr"}
         source = triton.compiler.ASTSource(kernel, signature, constants, divisible)
         launch = {name: chosen[name] for name in ("num_warps", "num_stages", "maxnreg") if name in chosen}
         compiled = triton.compile(source, target=GPUTarget("cuda", 89, 32), options=launch)
-        assert 0 < compiled.metadata.shared <= 99 * 1024, kernel.__name__
+        assert compiled.metadata.shared <= 99 * 1024, kernel.__name__
+        assert kernel is kernels._lists or compiled.metadata.shared > 0
 
 
 # -----------------------------------------------------------------------------
@@ -310,6 +401,15 @@ def test_packed_gives_the_same_bits(alpha):
                 assert torch.equal(x, y)
     with pytest.raises(ValueError, match="takes .B, T, 3, H, D."):
         causal_entmax_attention_qkvpacked(torch.zeros(1, 4, 2, 3, 8))
+
+
+def test_strides_may_differ():
+    q, k, v, dout = normal_inputs(2, 3, 50, 50, 16)
+    expected = run(q, k, v, dout, 1.5)
+    heads_last = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, dout)]
+    apart = torch.stack((v, v), -1)[..., 0]
+    for x, y in zip(run(q, heads_last[0], apart, heads_last[1], 1.5), expected, strict=True):
+        assert torch.equal(x, y)
 
 
 def test_opcheck():
@@ -381,7 +481,7 @@ def test_gpu_accuracy(dtype, alpha):
 
 
 @gpu
-@pytest.mark.parametrize("T, dtype", [(4095, torch.float32), (8192, torch.bfloat16)])
+@pytest.mark.parametrize("T, dtype", [(4095, torch.float32), (8192, torch.bfloat16), (9000, torch.bfloat16)])
 @pytest.mark.parametrize("alpha", (1.5, 2.0))
 def test_gpu_long(T, dtype, alpha):
     check(*normal_inputs(1, 1, T, T, 64, 0, dtype, "cuda", spread=2), alpha)
@@ -393,6 +493,13 @@ def test_gpu_long(T, dtype, alpha):
 def test_gpu_extreme_scores(scores, alpha):
     for dtype in (torch.float32, torch.bfloat16):
         check(*exact_inputs(*EXTREMES[scores], dtype=dtype, device="cuda"), alpha, scale=1.0)
+
+
+@gpu
+def test_gpu_keys_just_below_the_threshold():
+    for seed in range(4):
+        assert clustered_error(64, 512, seed, torch.bfloat16, "cuda") < 0.03
+        assert clustered_error(64, 512, seed, torch.float16, "cuda") < 0.01
 
 
 @gpu
