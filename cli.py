@@ -87,23 +87,26 @@ def run(main):
 
 
 def say_once(message):
-    """Print a line on stderr; under torchrun, only the first of the processes that meet the same."""
-    try:
+    """Print a line on stderr; under torchrun, only the first of the processes that meet the same.
+
+    Torchrun ends all when the first one leaves, so each waits, for two seconds at most, till all have said theirs.
+    """
+    launcher, first = None, True
+    with suppress(Exception):  # said twice is better than lost
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             from torch.distributed import TCPStore
 
-            patience = timedelta(seconds=5)
-            launcher = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=patience)
-            key = f"said/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{message}"
-            if launcher.add(key, 1) > 1:
-                launcher.wait([f"{key} done"], patience)  # torchrun ends all when the first one leaves
-                return
-            print(message, file=sys.stderr, flush=True)
-            launcher.set(f"{key} done", "")
-            return
-    except Exception:  # said twice is better than lost
-        pass
-    print(message, file=sys.stderr, flush=True)
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            launcher = TCPStore(*address, timeout=timedelta(seconds=5))
+            said = f"said/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+            first = launcher.add(f"{said}/{message}", 1) == 1
+    if first:
+        print(message, file=sys.stderr, flush=True)
+    if launcher is not None:
+        with suppress(Exception):
+            if launcher.add(said, 1) == int(os.environ["WORLD_SIZE"]):
+                launcher.set(f"{said} all", "")
+            launcher.wait([f"{said} all"], timedelta(seconds=2))
 
 
 @contextmanager
