@@ -388,6 +388,12 @@ def _forward(
     total_8, lower_8 = tl.sum(_parts(b_p), 1), tl.sum(_parts(b_lower), 1)
     b_p, b_lower = _powers(_above(b_y, top[:, None], floor[:, None], c, EXACT), r, R)
     total, lower = tl.sum(total_8 + tl.sum(_parts(b_p), 1), 1), tl.sum(lower_8 + tl.sum(_parts(b_lower), 1), 1)
+    if R > 0:  # where that costs less than it saves later, from nearer to the root of these keys
+        floor += tl.maximum(_newton(total, lower, alpha, R, EXACT)[1] - 1e-6, 0.0)
+        b_p, b_lower = _powers(_above(b_z, top[:, None], floor[:, None], c, EXACT), r, R)
+        total_8, lower_8 = tl.sum(_parts(b_p), 1), tl.sum(_parts(b_lower), 1)
+        b_p, b_lower = _powers(_above(b_y, top[:, None], floor[:, None], c, EXACT), r, R)
+        total, lower = tl.sum(total_8 + tl.sum(_parts(b_p), 1), 1), tl.sum(lower_8 + tl.sum(_parts(b_lower), 1), 1)
     top, floor, most, total, lower = _rise(top, floor, zero, zero, zero, zero, top, total, lower, c, alpha, r, R, EXACT)
 
     # Then all others, backwards: the row maxima, and the list of the tiles that exceed the floor somewhere

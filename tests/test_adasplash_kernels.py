@@ -278,7 +278,7 @@ def test_groups_of_long_sequences_visited(group, dtype, monkeypatch):
         check(*normal_inputs(1, 2, 150, 150, 16, 2, dtype, spread=spread), 1.5)
 
 
-@pytest.mark.parametrize("seed", (1, 8))
+@pytest.mark.parametrize("seed", (1, 9))
 def test_half_precision_of_keys_just_below_the_threshold(seed):
     assert clustered_error(4, 160, seed, torch.bfloat16) < 0.025
     assert clustered_error(4, 160, seed, torch.float16) < 0.002
