@@ -1,7 +1,8 @@
 """A transformer's two layers with GELU between, of whose two wide tensors only one is kept for the backward pass.
 
-That is GELU's argument. Its value, as large, is computed again by the kernel that also takes the gradient through GELU
-and sums it up for the bias: the wide tensors are read and written once.
+That is GELU's argument, z. GELU(z), as large, is computed again by the kernel that also takes the gradient through GELU
+and sums it up for the bias. On Hopper that, and GELU itself, are done before the matrix products that they follow are
+stored (mlp_hopper.py): the wide tensors are written once, and z is read once.
 """
 
 import os
@@ -15,7 +16,7 @@ try:
 except ModuleNotFoundError:
     triton = None  # not on this platform
 
-ROWS = 128  # of a program of the kernel
+ROWS = 128  # of which a kernel gives one sum
 
 if triton is not None:
     INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs on CPU tensors, in Python
@@ -42,46 +43,83 @@ if triton is not None:
         tl.store(p_sums + i_rows * C + o_c, tl.sum(b_sum, 0), mask=o_c < C)
 
 
-def _takes_kernel(z):
-    return triton is not None and (z.is_cuda or INTERPRETED) and z.dtype != torch.float64
+def _takes_kernel(x):
+    return triton is not None and (x.is_cuda or INTERPRETED) and x.dtype != torch.float64
 
 
-@torch.library.custom_op("gpt2::gelu_gradient", mutates_args=("d",))
-def gelu_gradient(z: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of z (N, C) and d, dL/dGELU(z), which becomes dL/dz: GELU(z), and the sums of dL/dz over blocks of rows.
+def _takes_products(x, weight):
+    """Whether a kernel ends the matrix products: on Hopper, in 16 bits, if rows are multiples of 16 bytes."""
+    on_hopper = triton is not None and x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
+    return on_hopper and x.element_size() == 2 and weight.shape[0] % 8 == weight.shape[1] % 8 == 0
 
-    These are (blocks, C) float32 or wider; to add them up, for the gradient of a bias, is left to the compiler.
+
+@torch.library.custom_op("gpt2::linear_gelu", mutates_args=())
+def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """z = x weight^T + bias, and GELU(z), (N, W) in x's dtype; x (N, C), weight (W, C), bias (W)."""
+    if _takes_products(x, weight):
+        import mlp_hopper
+
+        z, a = _like_linear_gelu(x, weight, bias)
+        mlp_hopper.linear_gelu(x.contiguous(), weight.contiguous(), bias, z, a)
+        return z, a
+    z = torch.addmm(bias.to(x.dtype), x, weight.T)
+    return z, F.gelu(z, approximate="tanh")
+
+
+@linear_gelu.register_fake
+def _like_linear_gelu(x, weight, bias):
+    return x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))
+
+
+@torch.library.custom_op("gpt2::linear_gelu_gradient", mutates_args=())
+def linear_gelu_gradient(
+    dy: torch.Tensor, weight: torch.Tensor, z: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """GELU(z); dL/dz for dL/dGELU(z) = dy weight; and the sums of dL/dz over blocks of rows.
+
+    dy (N, C), weight (C, W); z, GELU(z) and dL/dz (N, W), z contiguous. The sums are (blocks, W) float32 or wider; to
+    add them up, for the gradient of a bias, is left to the compiler.
     """
+    if _takes_products(dy, weight):
+        import mlp_hopper
+
+        a, dz, sums = _like_linear_gelu_gradient(dy, weight, z)
+        mlp_hopper.linear_gelu_gradient(dy.contiguous(), weight.contiguous(), z, a, dz, sums)
+        return a, dz, sums
+    dz = dy @ weight
     if not _takes_kernel(z):
-        d.copy_(torch.ops.aten.gelu_backward(d, z, approximate="tanh"))
-        return F.gelu(z, approximate="tanh"), d.sum(0, keepdim=True, dtype=torch.promote_types(d.dtype, torch.float32))
-    (N, C), COLUMNS = z.shape, 512
-    a, sums = _like_gelu_gradient(z, d)
-    _gelu_gradient[(len(sums), triton.cdiv(C, COLUMNS))](z, d, a, sums, N, C, ROWS=ROWS, A=4, COLUMNS=COLUMNS)
-    return a, sums
+        dz = torch.ops.aten.gelu_backward(dz, z, approximate="tanh")
+        return F.gelu(z, approximate="tanh"), dz, dz.sum(0, keepdim=True, dtype=_sum_dtype(z))
+    (N, W), COLUMNS = z.shape, 512
+    a, _, sums = _like_linear_gelu_gradient(dy, weight, z)
+    _gelu_gradient[(len(sums), triton.cdiv(W, COLUMNS))](z, dz, a, sums, N, W, ROWS=ROWS, A=4, COLUMNS=COLUMNS)
+    return a, dz, sums
 
 
-@gelu_gradient.register_fake
-def _like_gelu_gradient(z, d):
+@linear_gelu_gradient.register_fake
+def _like_linear_gelu_gradient(dy, weight, z):
     blocks = -(-len(z) // ROWS) if _takes_kernel(z) else 1
-    return z.new_empty(z.shape), z.new_empty(blocks, z.shape[1], dtype=torch.promote_types(z.dtype, torch.float32))
+    return z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(blocks, z.shape[1], dtype=_sum_dtype(z))
+
+
+def _sum_dtype(z):
+    return torch.promote_types(z.dtype, torch.float32)
 
 
 class _MLP(torch.autograd.Function):
-    """Only the kernel is an operator of its own: the compiler sees, and calls, the matrix products."""
+    """Only what is fused is an operator of its own: the compiler sees, and calls, the other matrix products."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, out_weight):
-        z = torch.addmm(bias.to(x.dtype), x, weight.T)
+        z, a = linear_gelu(x, weight, bias)
         ctx.save_for_backward(x, z, weight, out_weight)
         ctx.bias_dtype = bias.dtype
-        return F.gelu(z, approximate="tanh") @ out_weight.T
+        return a @ out_weight.T
 
     @staticmethod
     def backward(ctx, dy):
         x, z, weight, out_weight = ctx.saved_tensors
-        dz = dy @ out_weight
-        a, sums = gelu_gradient(z, dz)
+        a, dz, sums = linear_gelu_gradient(dy, out_weight, z)
         return dz @ weight, dz.T @ x, sums.sum(0).to(ctx.bias_dtype), dy.T @ a
 
 

@@ -1,6 +1,6 @@
 """Time whole training steps of GPT-2 124M: softmax and entmax by this trainer, beside a plain compiled GPT-2.
 
-    python benchmarks/training_step.py --json benchmarks/results/training_step_h200.json
+    python benchmarks/training_step.py --json benchmarks/results/training_step_h100.json
     python benchmarks/training_step.py --checkpoint runs/entmax/checkpoint_762 --data data/fineweb10B
 
 The baseline is a GPT-2 as one would write it down: torch.compile, bfloat16 autocast, a padded vocabulary, PyTorch's
@@ -111,7 +111,7 @@ KINDS = {  # of kernels, by what their names hold; the first that fits counts
     "loss": ("log_softmax", "nll_loss", "logsumexp", "cross_entropy", "one_hot"),
     "attention": ("flash", "fmha", "sdpa", "cudnn", "_forward", "_mend", "_lists", "query_gradient", "value_gradient"),
     "optimizer": ("multi_tensor", "adam", "lpnorm"),
-    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk", "_product"),
     "copies": ("memcpy", "memset"),
 }
 

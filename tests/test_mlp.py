@@ -1,13 +1,14 @@
 """The fused layers with GELU against float64: python -m pytest tests/test_mlp.py (add -m gpu on a CUDA machine)."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import run_in_interpreter
 
-from mlp import gelu_gradient, mlp
+from mlp import linear_gelu, linear_gelu_gradient, mlp
 from model import GPT, GPTConfig
 
 INTERPRETED = "TRITON_INTERPRET" in os.environ  # CPU tensors go to the kernel
@@ -52,7 +53,8 @@ def test_what_is_not_finite_stays_so():
 
 
 def test_opcheck():
-    torch.library.opcheck(gelu_gradient, (torch.randn(5, 8), torch.randn(5, 8)))
+    torch.library.opcheck(linear_gelu, (torch.randn(5, 8), torch.randn(16, 8), torch.randn(16)))
+    torch.library.opcheck(linear_gelu_gradient, (torch.randn(5, 8), torch.randn(8, 16), torch.randn(5, 16)))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter run")
@@ -60,13 +62,57 @@ def test_the_kernel_in_the_interpreter():
     run_in_interpreter(__file__, "float64 or finite")
 
 
+@pytest.mark.skipif(INTERPRETED, reason="is not the compiler")
+def test_products_compile_for_hopper(monkeypatch):
+    """Without such a GPU: by this Triton, whose Gluon still changes, and within the 227 KB that a program may have."""
+    driver = pytest.importorskip("triton.runtime").driver
+    from triton.backends.compiler import GPUTarget
+
+    import mlp_hopper
+
+    class Hopper:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+
+    class Compile:
+        def __init__(self, kernel):
+            self.kernel, self.compiled = kernel, []
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: self.compiled.append(self.kernel.warmup(*args, grid=grid, **options))
+
+    kernel = Compile(mlp_hopper._product)
+    monkeypatch.setattr(mlp_hopper, "_product", kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(driver, "_active", Hopper())
+    for dtype in (torch.bfloat16, torch.float16):
+        x, weight, z = (torch.empty(*shape, dtype=dtype) for shape in ((9, 40), (200, 40), (9, 200)))
+        mlp_hopper.linear_gelu(x, weight, torch.empty(200), z, z)
+        mlp_hopper.linear_gelu_gradient(x, weight.T.contiguous(), z, z, z, torch.empty(1, 200))
+    assert len(kernel.compiled) == 4
+    for compiled in kernel.compiled:
+        assert "wgmma" in compiled.asm["ptx"] and 200_000 < compiled.metadata.shared <= 227 * 1024
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_against_float64():
     torch.set_float32_matmul_precision("highest")
-    for shape in (*SHAPES, (5000, 768, 3072)):
+    for shape in (*SHAPES, (1, 8, 8), (129, 40, 1032), (5000, 768, 3072), (40_000, 72, 200)):
         assert max(errors(*shape, torch.float32, "cuda")) < 1e-5
         assert max(errors(*shape, torch.bfloat16, "cuda")) < 0.01
+        assert max(errors(*shape, torch.float16, "cuda")) < 0.002
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_gives_the_same_bits_again():
+    x, weight, z = (torch.randn(*shape, device="cuda").bfloat16() for shape in ((9000, 768), (768, 3072), (9000, 3072)))
+    expected = *linear_gelu(x, weight.T, z[0]), *linear_gelu_gradient(x, weight, z)
+    for _ in range(100):
+        got = *linear_gelu(x, weight.T, z[0]), *linear_gelu_gradient(x, weight, z)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.gpu
