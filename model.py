@@ -21,6 +21,7 @@ from adasplash_kernels import SOFTMAX, causal_entmax_attention, causal_entmax_at
 from cli import UserError
 from cross_entropy import ROWS, head_loss
 from mlp import mlp
+from qkv import queries_keys_values
 
 SIZES = {  # layers, heads, channels
     "tiny": (4, 4, 128),
@@ -69,8 +70,12 @@ class Attention(nn.Module):
     def forward(self, x, past=None):
         """x: (B, T, C). past: None, or a list that holds this layer's keys and values so far and is extended."""
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        if x.is_cuda and not self.entmax:
+            weight, bias = rounded(self.c_attn.weight), self.c_attn.bias
+            q, k, v = queries_keys_values(rounded(x), weight, bias, self.n_head)  # the same up to rounding, and faster
+        else:
+            qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         if past is not None:
             if past:
                 k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)

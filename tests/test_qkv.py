@@ -1,0 +1,58 @@
+"""The projection to queries, keys and values against float64: python -m pytest tests/test_qkv.py (-m gpu with CUDA)."""
+
+import os
+
+import pytest
+import torch
+from conftest import run_in_interpreter
+
+from qkv import pack, queries_keys_values
+
+INTERPRETED = "TRITON_INTERPRET" in os.environ  # CPU tensors go to the kernel
+
+
+def errors(B, T, H, D, dtype, device="cpu"):
+    """Relative errors of q, k and v and of the gradients by x, weight and bias."""
+    generator = torch.Generator(device).manual_seed(B + T)
+
+    def drawn(*shape, dtype=dtype):
+        return torch.randn(*shape, device=device, generator=generator).to(dtype).requires_grad_()
+
+    C, bias_dtype = H * D, torch.float64 if dtype == torch.float64 else torch.float32
+    tensors = drawn(B, T, C), drawn(3 * C, C), drawn(3 * C, dtype=bias_dtype)
+    gradients = [drawn(B, T, H, D).detach().transpose(1, 2), drawn(B, H, T, D).detach(), drawn(B, H, T, D).detach()]
+    out = queries_keys_values(*tensors, H)
+    got = *out, *torch.autograd.grad(out, tensors, gradients)
+    assert [x.dtype for x in got] == [dtype] * 3 + [x.dtype for x in tensors]
+    x, weight, bias = exact = [x.detach().double().requires_grad_() for x in tensors]
+    out = (x @ weight.T + bias).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)
+    expected = *out, *torch.autograd.grad(out, exact, [x.double() for x in gradients])
+    return [((a - b).norm() / b.norm()).item() for a, b in zip(got, expected, strict=True)]
+
+
+SHAPES = (1, 1, 1, 8), (3, 43, 2, 6), (2, 150, 3, 100)  # a program takes 128 rows and 256 columns
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_against_float64(shape):
+    assert max(errors(*shape, torch.float32)) < 2e-6
+    assert max(errors(*shape, torch.bfloat16)) < 0.005  # one rounding to 8 bits
+    assert max(errors(*shape, torch.float64)) < 1e-14
+
+
+def test_opcheck():
+    torch.library.opcheck(pack, [torch.randn(2, 3, 5, 4) for _ in range(3)])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the interpreter run")
+def test_the_kernel_in_the_interpreter():
+    run_in_interpreter(__file__, "float64")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_against_float64():
+    torch.set_float32_matmul_precision("highest")
+    for shape in (*SHAPES, (5, 1000, 12, 64)):
+        assert max(errors(*shape, torch.float32, "cuda")) < 1e-5
+        assert max(errors(*shape, torch.bfloat16, "cuda")) < 0.005
