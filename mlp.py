@@ -50,17 +50,18 @@ def _takes_kernel(x):
 def _takes_products(x, weight):
     """Whether a kernel ends the matrix products: on Hopper, in 16 bits, if rows are multiples of 16 bytes."""
     on_hopper = triton is not None and x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
-    return on_hopper and x.element_size() == 2 and weight.shape[0] % 8 == weight.shape[1] % 8 == 0
+    fits = len(x) > 0 and x.element_size() == 2 and weight.shape[0] % 8 == weight.shape[1] % 8 == 0
+    return on_hopper and fits
 
 
 @torch.library.custom_op("gpt2::linear_gelu", mutates_args=())
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """z = x weight^T + bias, and GELU(z), (N, W) in x's dtype; x (N, C), weight (W, C), bias (W)."""
     if _takes_products(x, weight):
-        import mlp_hopper
+        import mlp_hopper  # here, as others' Triton may lack Gluon
 
         z, a = _like_linear_gelu(x, weight, bias)
-        mlp_hopper.linear_gelu(x.contiguous(), weight.contiguous(), bias, z, a)
+        mlp_hopper.linear_gelu(x.contiguous(), weight.contiguous(), bias.contiguous(), z, a)
         return z, a
     z = torch.addmm(bias.to(x.dtype), x, weight.T)
     return z, F.gelu(z, approximate="tanh")

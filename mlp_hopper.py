@@ -5,10 +5,12 @@ tile after tile, into a ring of slots in shared memory. Two multipliers take eve
 the tensor cores work for one, the other applies GELU to the tile that it has in registers and stores it. (CUTLASS calls
 such kernels ping-pong.) At 65,536 x 768 x 3,072 in bfloat16 on an H200 forward and backward take 0.49 and 0.59 ms. In
 ordinary Triton, two programs on a multiprocessor, it was 0.54 and 0.74; cuBLAS with kernels for GELU takes 0.65 and
-0.85. What is left is shared memory's bandwidth, by arithmetic: the backward moves 1.2 MB for a tile, 9,200 cycles' worth
-of some 9,500. Fewer waits, cheaper sums over the rows, and stores straight from registers changed nothing.
+0.85. What is left is shared memory's bandwidth, by arithmetic: the backward moves 1.2 MB for a tile, in 9,200 cycles of
+some 9,500. Fewer waits, cheaper sums over the rows, and stores straight from registers changed nothing.
 
-Barriers flip a phase, 0 or 1, each time that they complete, and to wait for a phase is to wait for its end.
+Barriers flip a phase, 0 or 1, each time that they complete, and to wait for a phase is to wait for its end. Names that
+begin with t_ are tensors as the copy engine takes them, s_ is shared memory. s_wide holds halves of tiles: two for each
+multiplier, z and GELU(z), or in the backward three: both of z, which become GELU(z), and one of dL/dz.
 """
 
 import torch
@@ -24,10 +26,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mlp import ROWS
+
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # Triton 3.6
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
-TILE = gl.constexpr(128)  # rows and columns of a tile of the product
+TILE = gl.constexpr(ROWS)  # rows and columns of a tile of the product
 HALF = gl.constexpr(64)  # columns of it that are finished at a time
 STEP = gl.constexpr(64)  # of the inner dimension, in a slot
 
@@ -98,8 +102,8 @@ def _finish_gradient(tensors, p_sums, s_z, s_dz, d, row, column, W, layout: gl.c
     _, _, t_z, t_a, t_dz = tensors
     a, slope = _gelu(s_z.load(layout).to(gl.float32))
     dz = gl.convert_layout(d, layout) * slope
-    s_z.store(a.to(t_z.dtype))
     tma.store_wait(0)
+    s_z.store(a.to(t_z.dtype))
     s_dz.store(dz.to(t_z.dtype))
     fence_async_shared()
     store(t_a, [row, column], s_z)

@@ -72,7 +72,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         if x.is_cuda and not self.entmax:
             weight, bias = rounded(self.c_attn.weight), self.c_attn.bias
-            q, k, v = queries_keys_values(rounded(x), weight, bias, self.n_head)  # the same up to rounding, and faster
+            q, k, v = queries_keys_values(rounded(x), weight, bias, self.n_head)  # the same, with a faster backward
         else:
             qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
             q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each

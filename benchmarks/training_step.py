@@ -111,7 +111,7 @@ KINDS = {  # of kernels, by what their names hold; the first that fits counts
     "loss": ("log_softmax", "nll_loss", "logsumexp", "cross_entropy", "one_hot"),
     "attention": ("flash", "fmha", "sdpa", "cudnn", "_forward", "_mend", "_lists", "query_gradient", "value_gradient"),
     "optimizer": ("multi_tensor", "adam", "lpnorm"),
-    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk", "_product"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk", "_product"),  # the last with GELU
     "copies": ("memcpy", "memset"),
 }
 

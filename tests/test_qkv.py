@@ -40,6 +40,17 @@ def test_against_float64(shape):
     assert max(errors(*shape, torch.float64)) < 1e-14
 
 
+def test_gradients_of_some():
+    """A loss may depend on the values alone, and not all need a gradient."""
+    x, weight, bias = torch.randn(2, 5, 12), torch.randn(36, 12, requires_grad=True), torch.randn(36)
+    _, _, v = queries_keys_values(x, weight, bias, 3)
+    (got,) = torch.autograd.grad(v.square().sum(), weight)
+    expected = torch.zeros(36, 12)
+    v = v.detach().transpose(1, 2).reshape(10, 12)
+    expected[24:] = 2 * v.T @ x.flatten(0, 1)
+    torch.testing.assert_close(got, expected)
+
+
 def test_opcheck():
     torch.library.opcheck(pack, [torch.randn(2, 3, 5, 4) for _ in range(3)])
 
