@@ -43,7 +43,8 @@ if triton is not None:
         tl.store(p_sums + i_rows * C + o_c, tl.sum(b_sum, 0), mask=o_c < C)
 
 
-def _takes_kernel(x):
+def takes_kernel(x):
+    """Whether tensors like x go to a Triton kernel: in float32 or 16 bits, on a GPU or to the interpreter."""
     return triton is not None and (x.is_cuda or INTERPRETED) and x.dtype != torch.float64
 
 
@@ -88,7 +89,7 @@ def linear_gelu_gradient(
         mlp_hopper.linear_gelu_gradient(dy.contiguous(), weight.contiguous(), z, a, dz, sums)
         return a, dz, sums
     dz = dy @ weight
-    if not _takes_kernel(z):
+    if not takes_kernel(z):
         dz = torch.ops.aten.gelu_backward(dz, z, approximate="tanh")
         return F.gelu(z, approximate="tanh"), dz, dz.sum(0, keepdim=True, dtype=_sum_dtype(z))
     (N, W), COLUMNS = z.shape, 512
@@ -99,7 +100,7 @@ def linear_gelu_gradient(
 
 @linear_gelu_gradient.register_fake
 def _like_linear_gelu_gradient(dy, weight, z):
-    blocks = -(-len(z) // ROWS) if _takes_kernel(z) else 1
+    blocks = -(-len(z) // ROWS) if takes_kernel(z) else 1
     return z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(blocks, z.shape[1], dtype=_sum_dtype(z))
 
 

@@ -3,20 +3,12 @@
 These have to be put together for the projection's matrix products, and summed up for its bias: one kernel does both.
 """
 
-import os
-
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError:
-    triton = None  # not on this platform
-
-ROWS = 128  # of a program of the kernel
+from mlp import ROWS, takes_kernel, triton
 
 if triton is not None:
-    INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs on CPU tensors, in Python
+    import triton.language as tl
 
     @triton.jit
     def _pack(p_dq, p_dk, p_dv, p_out, p_sums, N, C, ROWS: tl.constexpr, A: tl.constexpr, COLUMNS: tl.constexpr):
@@ -39,10 +31,6 @@ if triton is not None:
         tl.store(p_sums + (i_rows * 3 + part) * C + o_c, tl.sum(b_sum, 0), mask=o_c < C)
 
 
-def _takes_kernel(x):
-    return triton is not None and (x.is_cuda or INTERPRETED) and x.dtype != torch.float64
-
-
 @torch.library.custom_op("gpt2::pack", mutates_args=())
 def pack(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Three (B, H, T, D) as one (B T, 3 H D), and its sums over blocks of rows, (blocks, 3 H D) float32 or wider.
@@ -51,7 +39,7 @@ def pack(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> tuple[torch.Te
     """
     rows = [x.transpose(1, 2).flatten(2).flatten(0, 1).contiguous() for x in (dq, dk, dv)]
     out, sums = _like_pack(dq, dk, dv)
-    if _takes_kernel(dq):
+    if takes_kernel(dq):
         (N, C), COLUMNS = rows[0].shape, 256
         _pack[(len(sums), 3, triton.cdiv(C, COLUMNS))](*rows, out, sums, N, C, ROWS=ROWS, A=8, COLUMNS=COLUMNS)
     else:
@@ -63,7 +51,7 @@ def pack(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> tuple[torch.Te
 @pack.register_fake
 def _like_pack(dq, dk, dv):
     B, H, T, D = dq.shape
-    blocks = -(-B * T // ROWS) if _takes_kernel(dq) else 1
+    blocks = -(-B * T // ROWS) if takes_kernel(dq) else 1
     sums = dq.new_empty(blocks, 3 * H * D, dtype=torch.promote_types(dq.dtype, torch.float32))
     return dq.new_empty(B * T, 3 * H * D), sums
 

@@ -328,6 +328,15 @@ def _shrink(total, lower, before, after, r, R: tl.constexpr, EXACT: tl.constexpr
 
 
 @triton.jit
+def _sums(b_z, b_y, top, tau, c, r, R: tl.constexpr, EXACT: tl.constexpr):
+    """Of two tiles of the same rows: sum u^r and sum u^(r - 1)."""
+    b_p, b_lower = _powers(_above(b_z, top[:, None], tau[:, None], c, EXACT), r, R)
+    total_8, lower_8 = tl.sum(_parts(b_p), 1), tl.sum(_parts(b_lower), 1)
+    b_p, b_lower = _powers(_above(b_y, top[:, None], tau[:, None], c, EXACT), r, R)
+    return tl.sum(total_8 + tl.sum(_parts(b_p), 1), 1), tl.sum(lower_8 + tl.sum(_parts(b_lower), 1), 1)
+
+
+@triton.jit
 def _rise(
     top, floor, least, most, total, lower, new_top, new_total, new_lower, c, alpha, r,
     R: tl.constexpr, EXACT: tl.constexpr,
@@ -384,16 +393,10 @@ def _forward(
     b_z = _causal(_dot(b_q, tl.trans(_load_last(p_k, s_t, i_q, T, D, BD, TILE)), None), o_q, i_q)
     near = _max(b_y)
     top, floor = _larger(_max(b_z), near), zero - 1
-    b_p, b_lower = _powers(_above(b_z, top[:, None], floor[:, None], c, EXACT), r, R)
-    total_8, lower_8 = tl.sum(_parts(b_p), 1), tl.sum(_parts(b_lower), 1)
-    b_p, b_lower = _powers(_above(b_y, top[:, None], floor[:, None], c, EXACT), r, R)
-    total, lower = tl.sum(total_8 + tl.sum(_parts(b_p), 1), 1), tl.sum(lower_8 + tl.sum(_parts(b_lower), 1), 1)
+    total, lower = _sums(b_z, b_y, top, floor, c, r, R, EXACT)
     if R > 0:  # where that costs less than it saves later, from nearer to the root of these keys
         floor += tl.maximum(_newton(total, lower, alpha, R, EXACT)[1] - 1e-6, 0.0)
-        b_p, b_lower = _powers(_above(b_z, top[:, None], floor[:, None], c, EXACT), r, R)
-        total_8, lower_8 = tl.sum(_parts(b_p), 1), tl.sum(_parts(b_lower), 1)
-        b_p, b_lower = _powers(_above(b_y, top[:, None], floor[:, None], c, EXACT), r, R)
-        total, lower = tl.sum(total_8 + tl.sum(_parts(b_p), 1), 1), tl.sum(lower_8 + tl.sum(_parts(b_lower), 1), 1)
+        total, lower = _sums(b_z, b_y, top, floor, c, r, R, EXACT)
     top, floor, most, total, lower = _rise(top, floor, zero, zero, zero, zero, top, total, lower, c, alpha, r, R, EXACT)
 
     # Then all others, backwards: the row maxima, and the list of the tiles that exceed the floor somewhere

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, run_in_interpreter
 
-from mlp import linear_gelu, linear_gelu_gradient, mlp
+from mlp import ROWS, linear_gelu, linear_gelu_gradient, mlp
 from model import GPT, GPTConfig
 
 INTERPRETED = "TRITON_INTERPRET" in os.environ  # CPU tensors go to the kernel
@@ -99,7 +99,7 @@ def compile_for_hopper():
     for N, C, W, dtype in cases:
         x, weight, z = (torch.empty(*shape, dtype=dtype) for shape in ((N, C), (W, C), (N, W)))
         mlp_hopper.linear_gelu(x, weight, torch.empty(W), z, z)
-        mlp_hopper.linear_gelu_gradient(x, weight.T.contiguous(), z, z, z, torch.empty(-(-N // 128), W))
+        mlp_hopper.linear_gelu_gradient(x, weight.T.contiguous(), z, z, z, torch.empty(-(-N // ROWS), W))
     assert len(kernel.compiled) == 6
     for compiled in kernel.compiled:
         assert "wgmma" in compiled.asm["ptx"] and 200_000 < compiled.metadata.shared <= 227 * 1024
