@@ -70,7 +70,9 @@ def _parameters(q, alpha, scale):
 def _operator(q, k):
     """The Triton kernels where they run; the reference elsewhere, and for what is no part of training."""
     runs = entmax_kernels is not None and (q.is_cuda or (INTERPRETED.value and q.device.type == "cpu"))
-    takes = runs and q.shape[2] == k.shape[2] <= max(LONGEST.values()) and q.shape[3] <= 128
+    takes = (
+        runs and q.shape[2] == k.shape[2] <= max(LONGEST.values()) and q.shape[3] <= 128 and max(q.shape[:2]) < 2**16
+    )
     return entmax_kernels if takes and q.dtype != torch.float64 else entmax_reference
 
 

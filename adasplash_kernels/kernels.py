@@ -6,7 +6,8 @@ diagonal some queries do not see some keys. A program takes the queries (or the 
 
     forward    finds the row maxima and, on the way, a threshold that tau cannot be below and an estimate of tau; lists
                the tiles that exceed that threshold somewhere; sweeps over these until tau stands; adds up the output
-               and marks on a map which groups of GROUP keys, and of GROUP queries, have support in which tile
+               and marks on a map which groups of GROUP keys, and of GROUP queries, have support in which tile. Hopper
+               GPUs have one of their own for 16 bits and D up to 64, in forward_hopper.py
     mend       does the queries again for which tau came out too low, which is rare
     lists      turns the map into lists of key groups by query block, and of query groups by key block
     query_gradient, key_value_gradient      gather what is listed, from wherever it is, and the tile on the diagonal
@@ -77,6 +78,16 @@ def _word(bits):
 
 
 @triton.jit
+def _ones(word):
+    """How many bits of an int32 are set: written so that LLVM makes it one instruction."""
+    x = word.to(tl.uint32)
+    x -= (x >> 1) & 0x55555555
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
 def _or(b_x, axis: tl.constexpr):
     """Of integers, along an axis: 0 if all are 0, else something else."""
     if INTERPRETED:
@@ -104,14 +115,20 @@ def _union(bits, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _support(b_p, p_8, GROUP: tl.constexpr, EXACT: tl.constexpr):
+def _places(N: tl.constexpr):
+    """Numbers of what _support tells apart in a tile of N columns."""
+    return tl.arange(0, 2), tl.arange(0, 4), tl.arange(0, 8), tl.arange(0, N // 8)
+
+
+@triton.jit
+def _support(b_p, p_8, places, GROUP: tl.constexpr, EXACT: tl.constexpr):
     """Which groups of keys, from bit 0 on, and of queries, from bit N / GROUP on, have support: a word for 16 rows.
 
     b_p [M, N] and p_8, its sums by _parts -> [M / 16]. NaN counts as support.
     """
     M: tl.constexpr = b_p.shape[0]
     N: tl.constexpr = b_p.shape[1]
-    o_2, o_4, o_8, o_n = tl.arange(0, 2), tl.arange(0, 4), tl.arange(0, 8), tl.arange(0, N // 8)
+    o_2, o_4, o_8, o_n = places
     # as the tensor cores leave it: a thread has rows i and i + 8 of 16, and of each a pair of columns in 8
     bits = tl.reshape(b_p.to(tl.int32, bitcast=True), [M // 16, 2, 8, N // 8, 4, 2])
     keys = (_or(_or(bits, 5), 1) != 0).to(tl.int32) << (o_n * 8 // GROUP)[None, None, :, None]
@@ -121,6 +138,12 @@ def _support(b_p, p_8, GROUP: tl.constexpr, EXACT: tl.constexpr):
     queries = _together(queries, 1, GROUP) << (o_8 // GROUP)[None, :, None]
     keys, queries = _union(keys, EXACT), _union(queries, EXACT)
     return keys.to(tl.uint32).to(tl.int64) | (queries.to(tl.int64) << N // GROUP)
+
+
+@triton.jit
+def _any_of_16(x):
+    """[M] -> [M / 16], 1 where one of 16 neighbours is true."""
+    return tl.max(tl.reshape(x.to(tl.int32), [x.shape[0] // 16, 16]), 1)
 
 
 @triton.jit
@@ -150,7 +173,7 @@ def _dot(b_x, b_y, b_sum):
 @triton.jit
 def _pointers(p_x, stride, i_block, BD: tl.constexpr, BLOCK: tl.constexpr):
     """To rows i_block * BLOCK.. of x (T, D), which lie stride apart: [BLOCK, BD]."""
-    p_block = p_x + tl.cast(i_block, tl.int64) * BLOCK * stride
+    p_block = p_x + tl.cast(i_block, tl.int64) * (BLOCK * stride)
     return p_block + (tl.arange(0, BLOCK)[:, None] * stride + tl.arange(0, BD)[None, :])
 
 
@@ -221,6 +244,19 @@ def _above(b_z, top, tau, c, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _above_causal(b_z, o_m, o_n, top, tau, c, EXACT: tl.constexpr):
+    """u of a tile on the diagonal, 0 where key o_n comes after query o_m."""
+    if EXACT or INTERPRETED:
+        return tl.where(o_m[:, None] >= o_n[None, :], _above(b_z, top, tau, c, EXACT), 0.0)
+    else:  # in floating point, at full rate, and hidden from compilers, which would keep comparisons for the next time
+        b_after, b_8 = (o_m + 1).to(tl.float32)[:, None] - (o_n & 7).to(tl.float32)[None, :], (o_n & -8).to(tl.float32)
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 w; sub.rn.sat.f32 w, $4, $5; fma.rn.sat.f32 $0, $1, $2, $3; mul.rn.f32 $0, $0, w; }",
+            "=f,f,f,f,f,f", [b_z, c, -(top * c + tau), b_after, b_8[None, :]], tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def _above_any(b_z, top, tau, c, R: tl.constexpr, EXACT: tl.constexpr):
     """u where top need not be the maximum; for R = 1 and 2 without EXACT, u / LIMIT, at most 1."""
     if EXACT:
@@ -229,6 +265,17 @@ def _above_any(b_z, top, tau, c, R: tl.constexpr, EXACT: tl.constexpr):
         return _saturated(b_z, c * (1 / LIMIT), -(top * c + tau) * (1 / LIMIT))
     else:
         return tl.maximum(b_z * c - (top * c + tau), 0.0, propagate_nan=NAN)
+
+
+@triton.jit
+def _unscaled(total, lower, R: tl.constexpr, EXACT: tl.constexpr):
+    """Sums of u^r and u^(r - 1) from those of what _above_any gives."""
+    if R == 2 and not EXACT:
+        return total * (LIMIT * LIMIT), lower * LIMIT
+    elif R == 1 and not EXACT:
+        return total * LIMIT, lower
+    else:
+        return total, lower
 
 
 @triton.jit
@@ -270,6 +317,17 @@ def _power(f, r, R: tl.constexpr):
         return f * 0 + 1
     else:
         return tl.exp2((r - 1) * _log2(f, R))
+
+
+@triton.jit
+def _equal(n, alpha, R: tl.constexpr):
+    """n^(1 - alpha)"""
+    if R == 2:
+        return tl.rsqrt(n)
+    elif R == 1:
+        return 1 / n
+    else:
+        return tl.exp2((1 - alpha) * tl.log2(n))
 
 
 @triton.jit
@@ -328,12 +386,30 @@ def _shrink(total, lower, before, after, r, R: tl.constexpr, EXACT: tl.constexpr
 
 
 @triton.jit
-def _sums(b_z, b_y, top, tau, c, r, R: tl.constexpr, EXACT: tl.constexpr):
-    """Of two tiles of the same rows: sum u^r and sum u^(r - 1)."""
+def _sums(b_z, b_y, top, tau, beyond, c, r, R: tl.constexpr, EXACT: tl.constexpr):
+    """Of two tiles of the same rows: sum u^r and sum u^(r - 1), of 8 parts of a row. beyond: 0, or infinity for the
+    second tile to be left out."""
     b_p, b_lower = _powers(_above(b_z, top[:, None], tau[:, None], c, EXACT), r, R)
     total_8, lower_8 = tl.sum(_parts(b_p), 1), tl.sum(_parts(b_lower), 1)
-    b_p, b_lower = _powers(_above(b_y, top[:, None], tau[:, None], c, EXACT), r, R)
-    return tl.sum(total_8 + tl.sum(_parts(b_p), 1), 1), tl.sum(lower_8 + tl.sum(_parts(b_lower), 1), 1)
+    b_p, b_lower = _powers(_above(b_y, top[:, None], (tau + beyond)[:, None], c, EXACT), r, R)
+    return total_8 + tl.sum(_parts(b_p), 1), lower_8 + tl.sum(_parts(b_lower), 1)
+
+
+@triton.jit
+def _nearer(floor, step, far, EXACT: tl.constexpr):
+    """What to multiply a floor by, given a step upwards, which is of no use if far."""
+    inverse = _inverse(floor, EXACT)
+    f = tl.where(far, 1.0, 1 + step * inverse + 1e-6)  # 1e-6 is for rounding
+    return tl.maximum(tl.minimum(f, tl.minimum(-inverse, 1.0)), 1e-6)  # floors are < 0 and end up at -1 or above
+
+
+@triton.jit
+def _rise_first(floor, total, lower, alpha, r, R: tl.constexpr, EXACT: tl.constexpr):
+    """_rise for the first keys, whose sums are not estimates."""
+    f = _nearer(floor, _newton(total, lower, alpha, R, EXACT)[1], False, EXACT)
+    most = lower * _power(f, r, R)
+    total, lower = _shrink(total, lower, -floor, -floor * f, r, R, EXACT)
+    return floor * f, most, tl.maximum(total, 1.0), tl.maximum(lower, 1.0)
 
 
 @triton.jit
@@ -349,11 +425,8 @@ def _rise(
     both = _larger(top, new_top)
     new_floor = floor - (both - top) * c
     far = new_floor < -LIMIT  # maxima far above what was: u may have saturated
-    inverse = _inverse(new_floor, EXACT)
     _, step = _newton(least + new_total, most + new_lower, alpha, R, EXACT)
-    # floors are < 0 and end up at -1 or above; 1e-6 is for rounding
-    f = tl.where(far, 1.0, 1 + step * inverse + 1e-6)
-    f = tl.maximum(tl.minimum(f, tl.minimum(-inverse, 1.0)), 1e-6)
+    f = _nearer(new_floor, step, far, EXACT)
     old_f = tl.maximum(1 - new_floor * _inverse(floor, EXACT) * (1 - f), 1e-6)
     # each u, at most the distance to the maximum, shrinks by f or more; from far away to 1 or less, of up to 1e6 keys
     most = most * _power(old_f, r, R) + tl.where(far, 1e6, new_lower * _power(f, r, R))
@@ -365,21 +438,54 @@ def _rise(
     return both, new_floor, most, tl.maximum(total + new_total, 1.0), tl.maximum(lower + new_lower, 1.0)
 
 
+@triton.jit
+def _bounds(floor, o_q, T, alpha, R: tl.constexpr):
+    """Below and above tau; infinity for rows beyond T, which then have no support."""
+    ceiling = -_equal((o_q + 1).to(tl.float32), alpha, R)  # equal scores have tau here, others below
+    return tl.where(o_q < T, floor, INFINITY), tl.where(o_q < T, ceiling, INFINITY)
+
+
+@triton.constexpr_function
+def _tolerance(dtype):
+    """Of 16 bits, see docs/kernels.md."""
+    return 0.06 if dtype == tl.float16 else 0.24
+
+
+@triton.jit
+def _next_tau(
+    tau, total, lower, floor, ceiling, go, tolerance: tl.constexpr, alpha, r, R: tl.constexpr, EXACT: tl.constexpr
+):
+    """What follows from the sums of sweep `go` at tau: the next tau, and whether it is to be swept at."""
+    h, step = _newton(total, lower, alpha, R, EXACT)
+    if EXACT:
+        unsettled = tl.abs(h) > 1e-6
+    else:  # the step from here leaves, as a rule, less than the rounding of p to 16 bits
+        bound = tl.minimum(tolerance * (alpha - 1), tolerance / 2)
+        m = _exponent(tau, total, lower, 1.0, EXACT)  # from below the root it leaves about (1 - 1 / m) h^2
+        unsettled = h * h * tl.where(h > 0, 2 - 2 * _inverse(m, EXACT), 1.0) > bound * bound
+    new_tau = tau + step
+    if go <= 2:  # the guess lands nearer to the root, on either side
+        new_tau = tl.where(unsettled, tl.maximum(new_tau, _guess(tau, total, lower, r, R, EXACT)), new_tau)
+    return tl.minimum(tl.maximum(new_tau, floor), ceiling), unsettled
+
+
 @triton.jit(do_not_specialize=["T", "H", "n"])
 def _forward(
-    p_q, p_k, p_v, p_o, p_top, p_shift, p_list, p_map, p_alpha, scale, T, H, n, s_b, s_h, s_t,
+    p_q, p_k, p_v, p_o, p_top, p_shift, p_list, p_map, p_alpha, scale, T, H, n, s_b, s_h, s_t: tl.constexpr,
     R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TILE: tl.constexpr, EXACT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    i_bh, i_q = tl.program_id(0) // n, n - 1 - tl.program_id(0) % n  # the longest rows first
-    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    i_q = n - 1 - tl.program_id(0)  # the longest rows first
+    i_b, i_h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    i_bh = i_b * H + i_h
     p_q += i_b * s_b + i_h * s_h
     p_k += i_b * s_b + i_h * s_h
     p_v += i_b * s_b + i_h * s_h
     p_o += (i_b * T * H + i_h) * D
-    p_list += tl.program_id(0).to(tl.int64) * n
-    p_map += (i_bh.to(tl.int64) * n + i_q) * n * (TILE // 16)
+    p_list += (i_bh * n + i_q) * n
+    p_map += (i_bh * n + i_q) * n * (TILE // 16)
     alpha, r, c = _parameters(p_alpha, scale, R)
-    o_q = i_q * TILE + tl.arange(0, TILE)
+    o_m = tl.arange(0, TILE)
+    o_q = i_q * TILE + o_m
     o_32 = tl.arange(0, 32)
     b_q = _load_last(p_q, s_t, i_q, T, D, BD, TILE)
     for start in range(0, n * (TILE // 16), 128):  # nothing has support until it is found
@@ -388,16 +494,17 @@ def _forward(
 
     # The tile on the diagonal and the one before it come first, since near keys are often the largest
     zero, zero_8 = tl.zeros([TILE], tl.float32), tl.zeros([TILE, 8], tl.float32)
-    b_y = _dot(b_q, tl.trans(_load_last(p_k, s_t, tl.maximum(i_q - 1, 0), T, D, BD, TILE)), None)
-    b_y = tl.where(i_q > 0, b_y, -INFINITY)  # the first has none before it
+    b_y = _dot(b_q, tl.trans(_load_last(p_k, s_t, i_q - 1, tl.where(i_q > 0, T, -TILE), D, BD, TILE)), None)
     b_z = _causal(_dot(b_q, tl.trans(_load_last(p_k, s_t, i_q, T, D, BD, TILE)), None), o_q, i_q)
-    near = _max(b_y)
+    near = tl.where(i_q > 0, _max(b_y), -INFINITY)  # the first has none before it
     top, floor = _larger(_max(b_z), near), zero - 1
-    total, lower = _sums(b_z, b_y, top, floor, c, r, R, EXACT)
+    beyond = tl.where(i_q > 0, 0.0, INFINITY)
+    total_8, lower_8 = _sums(b_z, b_y, top, floor, beyond, c, r, R, EXACT)
     if R > 0:  # where that costs less than it saves later, from nearer to the root of these keys
-        floor += tl.maximum(_newton(total, lower, alpha, R, EXACT)[1] - 1e-6, 0.0)
-        total, lower = _sums(b_z, b_y, top, floor, c, r, R, EXACT)
-    top, floor, most, total, lower = _rise(top, floor, zero, zero, zero, zero, top, total, lower, c, alpha, r, R, EXACT)
+        step = _newton(tl.sum(total_8, 1), tl.sum(lower_8, 1), alpha, R, EXACT)[1]
+        floor += tl.maximum(step - 1e-6, 0.0)
+        total_8, lower_8 = _sums(b_z, b_y, top, floor, beyond, c, r, R, EXACT)
+    floor, most, total, lower = _rise_first(floor, tl.sum(total_8, 1), tl.sum(lower_8, 1), alpha, r, R, EXACT)
 
     # Then all others, backwards: the row maxima, and the list of the tiles that exceed the floor somewhere
     n_list = tl.max((((near - top) * c >= floor) & (o_q < T)).to(tl.int32), 0)
@@ -416,25 +523,20 @@ def _forward(
             if EXACT or R <= 0:  # where the maximum is NaN, so are the sums, and only that row is to be passed over
                 p_8 = tl.where(p_8 > 0, 1.0, 0.0)
             bits |= _marks(p_8) << i
-        new_total, new_lower = tl.sum(total_8, 1), tl.sum(lower_8, 1)
-        if R == 2 and not EXACT:
-            new_total, new_lower = new_total * (LIMIT * LIMIT), new_lower * LIMIT
-        elif R == 1 and not EXACT:
-            new_total *= LIMIT
+        new_total, new_lower = _unscaled(tl.sum(total_8, 1), tl.sum(lower_8, 1), R, EXACT)
         top, floor, most, total, lower = _rise(
             top, floor, zero + 1, most, total, lower, _max(top_8), new_total, new_lower, c, alpha, r, R, EXACT
         )
-        flags = (_word(bits) >> o_32) & 1
-        tl.store(p_list + n_list + tl.cumsum(flags, 0) - flags, (i_q - 1 - done - o_32).to(tl.int16), mask=flags > 0)
-        n_list += tl.sum(flags, 0)
+        word = _word(bits)
+        p_place = p_list + (n_list + _ones(word & ((1 << o_32) - 1)))
+        tl.store(p_place, (i_q - 1 - done - o_32).to(tl.int16), mask=(word >> o_32 & 1) > 0)
+        n_list += _ones(word)
     tl.debug_barrier()  # the list is read by all from here
 
     # Sweeps over the listed tiles and the diagonal, until tau stands. Rows beyond T have none, and are not waited for
-    ceiling = -tl.exp2((1 - alpha) * tl.log2((o_q + 1).to(tl.float32)))  # equal scores have tau here, others below
-    ceiling = tl.where(o_q < T, ceiling, INFINITY)
-    floor = tl.where(o_q < T, floor, INFINITY)
+    floor, ceiling = _bounds(floor, o_q, T, alpha, R)
     tau = tl.maximum(tl.minimum(_guess(floor, total, lower, r, R, EXACT), ceiling), floor)
-    tolerance: tl.constexpr = 0.06 if p_q.dtype.element_ty == tl.float16 else 0.24  # of 16 bits
+    tolerance: tl.constexpr = _tolerance(p_q.dtype.element_ty)
     go = 1
     while go > 0:
         total_8, lower_8 = zero_8, zero_8
@@ -443,27 +545,17 @@ def _forward(
             b_z = _dot(b_q, tl.trans(_load(p_k, s_t, j, D, BD, TILE)), None)
             b_p, b_lower = _powers(_above(b_z, top[:, None], tau[:, None], c, EXACT), r, R)
             total_8, lower_8 = total_8 + tl.sum(_parts(b_p), 1), lower_8 + tl.sum(_parts(b_lower), 1)
-        b_z = _causal(_dot(b_q, tl.trans(_load_last(p_k, s_t, i_q, T, D, BD, TILE)), None), o_q, i_q)
-        b_p, b_lower = _powers(_above(b_z, top[:, None], tau[:, None], c, EXACT), r, R)
+        b_z = _dot(b_q, tl.trans(_load_last(p_k, s_t, i_q, T, D, BD, TILE)), None)
+        b_p, b_lower = _powers(_above_causal(b_z, o_m, o_m, top[:, None], tau[:, None], c, EXACT), r, R)
         total = tl.sum(total_8 + tl.sum(_parts(b_p), 1), 1)
         lower = tl.sum(lower_8 + tl.sum(_parts(b_lower), 1), 1)
-        h, step = _newton(total, lower, alpha, R, EXACT)
-        if EXACT:
-            unsettled = tl.abs(h) > 1e-6
-        else:  # the step from here leaves, as a rule, less than the rounding of p to 16 bits
-            bound = tl.minimum(tolerance * (alpha - 1), tolerance / 2)
-            m = _exponent(tau, total, lower, 1.0, EXACT)  # from below the root it leaves about (1 - 1 / m) h^2
-            unsettled = h * h * tl.where(h > 0, 2 - 2 * _inverse(m, EXACT), 1.0) > bound * bound
-        new_tau = tau + step
-        if go <= 2:  # the guess lands nearer to the root, on either side
-            new_tau = tl.where(unsettled, tl.maximum(new_tau, _guess(tau, total, lower, r, R, EXACT)), new_tau)
-        new_tau = tl.minimum(tl.maximum(new_tau, floor), ceiling)
+        new_tau, unsettled = _next_tau(tau, total, lower, floor, ceiling, go, tolerance, alpha, r, R, EXACT)
         moving = unsettled & (new_tau != tau) & (o_q < T)  # a row with NaN has none, or a tau that stands
         tau = new_tau
         go = tl.where(go < MAX_SWEEPS, go + 1, 0) * tl.max(moving.to(tl.int32), 0)
 
     # The output, and which groups of keys and queries have support
-    nan = tl.max(((top != top) & (o_q < T)).to(tl.int32), 0)  # has support, though u be 0
+    nan = _any_of_16((top != top) & (o_q < T))  # has support, though u be 0
     p_words = p_map + tl.arange(0, TILE // 16)
     total_8, b_o = zero_8, tl.zeros([TILE, BD], tl.float32)
     for done in range(0, n_list, 32):  # in parts, since Triton 3.6 then takes less shared memory
@@ -475,19 +567,18 @@ def _forward(
             b_o = _dot(b_p.to(b_v.dtype), b_v, b_o)
             p_8 = tl.sum(_parts(b_p), 1)
             total_8 += p_8
-            _store_words(p_words + j * (TILE // 16), _support(b_p, p_8, GROUP, EXACT) | -nan)
-    b_z = _causal(_dot(b_q, tl.trans(_load_last(p_k, s_t, i_q, T, D, BD, TILE)), None), o_q, i_q)
-    b_p = _powers(_above(b_z, top[:, None], tau[:, None], c, EXACT), r, R)[0]
+            _store_words(p_words + j * (TILE // 16), _support(b_p, p_8, _places(TILE), GROUP, EXACT) | -nan)
+    b_z = _dot(b_q, tl.trans(_load_last(p_k, s_t, i_q, T, D, BD, TILE)), None)
+    b_p = _powers(_above_causal(b_z, o_m, o_m, top[:, None], tau[:, None], c, EXACT), r, R)[0]
     b_v = _load_last(p_v, s_t, i_q, T, D, BD, TILE)
     b_o = _dot(b_p.to(b_v.dtype), b_v, b_o)
 
     total = tl.sum(total_8 + tl.sum(_parts(b_p), 1), 1)
     _, step = _newton(total, lower, alpha, R, EXACT)  # lower is the last sweep's: nearly the same
     if not EXACT:  # the last step may have let in many keys from just below tau: for _mend, by the diagonal's word
-        p_own, one = p_map + i_q * (TILE // 16) + 0 * o_q, tl.full([TILE], 1, p_map.dtype.element_ty)
-        tl.store(p_own, one, mask=(total > 1 + tolerance / 8) & (o_q < T))
+        _store_words(p_words + i_q * (TILE // 16), _any_of_16((total > 1 + tolerance / 8) & (o_q < T)).to(tl.int64))
     tau = tl.minimum(tl.maximum(tau + step, floor), ceiling)
-    o_row = i_bh.to(tl.int64) * n * TILE + o_q
+    o_row = i_bh * n * TILE + o_q
     if EXACT:
         tl.store(p_top + o_row, top)
     else:
@@ -507,8 +598,8 @@ def _mend(
     """
     alpha, r, c = _parameters(p_alpha, scale, R)
     o_block = tl.program_id(0).to(tl.int64) * 128 + tl.arange(0, 128)
-    p_own = p_map + (o_block * n + o_block % n) * (TILE // 16)
-    marked = tl.load(p_own, mask=o_block < heads * n, other=0) != 0
+    p_own = p_map + (o_block * n + o_block % n)[:, None] * (TILE // 16) + tl.arange(0, TILE // 16)[None, :]
+    marked = _or(tl.load(p_own, mask=(o_block < heads * n)[:, None], other=0), 1) != 0
     while tl.max(marked.to(tl.int32), 0) > 0:
         block = tl.min(tl.where(marked, o_block, heads.to(tl.int64) * n), 0)
         marked = marked & (o_block != block)
@@ -539,7 +630,7 @@ def _mend(
             b_o = _dot(b_p.to(b_v.dtype), b_v, b_o)
             p_8 = tl.sum(_parts(b_p), 1)
             total += tl.sum(p_8, 1)
-            _store_words(p_words + j * (TILE // 16), _support(b_p, p_8, GROUP, EXACT) | -nan)
+            _store_words(p_words + j * (TILE // 16), _support(b_p, p_8, _places(TILE), GROUP, EXACT) | -nan)
         _store(p_o + (i_b * T * H + i_h) * D, H * D, i_q, T, b_o * (1 / total)[:, None], D, BD, TILE)
 
 
@@ -635,7 +726,7 @@ def _query_visit(
 @triton.jit(do_not_specialize=["T", "H", "n"])
 def _query_gradient(
     p_q, p_k, p_v, p_o, p_do, p_dq, p_top, p_shift, p_rows, p_list, p_count, p_alpha, scale, T, H, n,
-    s_b, s_h, s_t, s_ob, s_oh, s_ot, s_db, s_dh, s_dt,
+    s_b, s_h, s_t: tl.constexpr, s_ob, s_oh, s_ot: tl.constexpr, s_db, s_dh, s_dt: tl.constexpr,
     R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TILE: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -645,9 +736,10 @@ def _query_gradient(
     combined when delta is known. BLOCK keys are visited together. For _key_value_gradient it leaves p_rows, (rows, 2):
     shift, which is -tau or what stands for it (see _saved), and -delta.
     """
-    program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: the next kernel begins with what is still cached
-    i_bh, i_q = program // n, program % n
-    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    # backwards: the next kernel begins with what is still cached
+    i_q = n - 1 - tl.program_id(0)
+    i_h, i_b = H - 1 - tl.program_id(1).to(tl.int64), tl.num_programs(2) - 1 - tl.program_id(2).to(tl.int64)
+    i_bh = i_b * H + i_h
     p_q += i_b * s_b + i_h * s_h
     p_k += i_b * s_b + i_h * s_h
     p_v += i_b * s_b + i_h * s_h
@@ -655,10 +747,10 @@ def _query_gradient(
     p_do += i_b * s_db + i_h * s_dh
     p_dq += (i_b * T * 3 * H + i_h) * D  # of dqkv (B, T, 3, H, D), like dk and dv
     i_list = i_bh * n + i_q
-    p_list += i_list.to(tl.int64) * n * (TILE // GROUP)
+    p_list += i_list * n * (TILE // GROUP)
     alpha, r, c = _parameters(p_alpha, scale, R)
     o_q = i_q * TILE + tl.arange(0, TILE)
-    o_row = i_bh.to(tl.int64) * n * TILE + o_q
+    o_row = i_bh * n * TILE + o_q
     shift = tl.load(p_shift + o_row)
     top = tl.load(p_top + o_row)[:, None] if EXACT else 0.0
     b_q = _load_last(p_q, s_t, i_q, T, D, BD, TILE)  # all loads first
@@ -680,8 +772,8 @@ def _query_gradient(
             b_g, b_l, g_8, l_8, o_k, _gather(p_k, s_t, o_k, T, D, BD), _gather(p_v, s_t, o_k, T, D, BD), b_q, b_zo,
             less_mean, top, shift[:, None], o_q, c, r, R, EXACT, False)  # fmt: skip
     move = tl.sum(g_8, 1) / tl.sum(l_8, 1)
-    b_zq = scale * (b_g - move[:, None] * b_l)
-    b_zq = tl.where(o_q[:, None] == 0, b_zq * 0.0, b_zq)  # the row of one key: p is 1 whatever the score (or NaN)
+    scale = tl.where(o_q == 0, 0.0, scale)  # the row of one key: p is 1 whatever the score (or NaN)
+    b_zq = scale[:, None] * (b_g - move[:, None] * b_l)
     tl.store(p_rows + 2 * o_row, shift)
     tl.store(p_rows + 2 * o_row + 1, tl.where(o_q < T, less_mean - move, 0.0))
     _store(p_dq, 3 * H * D, i_q, T, b_zq, D, BD, TILE)
@@ -709,23 +801,24 @@ def _key_value_visit(
 @triton.jit(do_not_specialize=["T", "H", "n"])
 def _key_value_gradient(
     p_q, p_k, p_v, p_do, p_dk, p_dv, p_top, p_rows, p_list, p_count, p_alpha, scale, T, H, n,
-    s_b, s_h, s_t, s_db, s_dh, s_dt,
+    s_b, s_h, s_t: tl.constexpr, s_db, s_dh, s_dt: tl.constexpr,
     R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TILE: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
     """dK = scale * dS^T Q and dV = P^T dO, of one key block. BLOCK queries are visited together."""
-    i_bh, i_k = tl.program_id(0) // n, tl.program_id(0) % n
-    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    i_k = tl.program_id(0)
+    i_b, i_h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    i_bh = i_b * H + i_h
     p_q += i_b * s_b + i_h * s_h
     p_k += i_b * s_b + i_h * s_h
     p_v += i_b * s_b + i_h * s_h
     p_do += i_b * s_db + i_h * s_dh
     p_dk += (i_b * T * 3 * H + i_h) * D
     p_dv += (i_b * T * 3 * H + i_h) * D
-    i_list = tl.num_programs(0) + tl.program_id(0)  # the lists of queries come after those of keys
-    p_list += i_list.to(tl.int64) * n * (TILE // GROUP)
-    p_top += i_bh.to(tl.int64) * n * TILE
-    p_rows += i_bh.to(tl.int64) * n * TILE * 2
+    i_list = (tl.num_programs(2) * H + i_bh) * n + i_k  # the lists of queries come after those of keys
+    p_list += i_list * n * (TILE // GROUP)
+    p_top += i_bh * n * TILE
+    p_rows += i_bh * n * TILE * 2
     alpha, r, c = _parameters(p_alpha, scale, R)
     o_k = i_k * TILE + tl.arange(0, TILE)
     b_k = _load_last(p_k, s_t, i_k, T, D, BD, TILE)  # all loads first
@@ -822,7 +915,12 @@ def _attend(
     p_list = torch.empty(heads, n, n, dtype=torch.int16, device=q.device)
     shared = dict(p_q=q, p_k=k, p_v=v, p_o=out, p_shift=shift, p_map=tile_map, p_alpha=alpha, scale=scale)
     shared |= _strides(q) | options
-    _forward[heads * n,](p_top=top, p_list=p_list, **shared)
+    if _on_hopper(q, k, v):
+        from adasplash_kernels import forward_hopper  # here, as others' Triton may lack Gluon
+
+        forward_hopper.forward(q, k, v, out, shift, p_list, tile_map, alpha, scale, options)
+    else:
+        _forward[n, q.shape[1], q.shape[0]](p_top=top, p_list=p_list, **shared)
     if not options["EXACT"]:
         _mend[triton.cdiv(heads * n, 128),](heads=heads, **shared)
     return out, top, shift, tile_map
@@ -850,21 +948,29 @@ def entmax_kernels_backward(
     dqkv = _gradient_like(q)
     dq, dk, dv = unpacked(dqkv)
     n, _, for_queries, for_keys = _options(q, r)
-    programs = (q.shape[0] * q.shape[1] * n,)
+    programs, grid = (q.shape[0] * q.shape[1] * n,), (n, q.shape[1], q.shape[0])
     shared = dict(p_q=q, p_k=k, p_v=v, p_do=dout, p_top=top, p_rows=shift.new_empty(*shift.shape, 2), p_alpha=alpha)
     shared |= dict(scale=scale, **_strides(q), **_strides(dout, "d"))
     groups = for_keys["TILE"] // for_keys["GROUP"]
     shared |= dict(p_list=torch.empty(2, *programs, n * groups, dtype=torch.int16, device=q.device))
     shared |= dict(p_count=shift.new_empty(2, *programs, dtype=torch.int32))
     _lists[*programs, 2](tile_map, shared["p_list"], shared["p_count"], n, tile_map.shape[3], groups, num_warps=1)
-    _query_gradient[programs](p_o=out, p_shift=shift, p_dq=dq, **_strides(out, "o"), **shared, **for_queries)
-    _key_value_gradient[programs](p_dk=dk, p_dv=dv, **shared, **for_keys)
+    _query_gradient[grid](p_o=out, p_shift=shift, p_dq=dq, **_strides(out, "o"), **shared, **for_queries)
+    _key_value_gradient[grid](p_dk=dk, p_dv=dv, **shared, **for_keys)
     return dqkv
 
 
 def _gradient_like(q):
     B, H, T, D = q.shape
     return q.new_empty(B, T, 3, H, D)
+
+
+def _on_hopper(q, k, v):
+    """Whether forward_hopper.py takes them: 16 bits, D up to 64, strides of 16 bytes, as its copies have it."""
+    tensors = (q, k, v)
+    even = all(x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in x.stride()[:3]) for x in tensors)
+    fits = q.element_size() == 2 and q.shape[3] <= 64 and q.shape[3] % 8 == 0
+    return q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0) and fits and even
 
 
 @torch.library.register_fake("adasplash::entmax")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,6 +90,32 @@ def run_in_interpreter(file, chosen):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
+
+
+def compile_for_hopper(file):
+    """Run that file, which compiles kernels in Gluon, without such a GPU: Gluon still changes from Triton to Triton.
+
+    In a process of its own, since its compiler leaks, and says so.
+    """
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, file], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+class CompileForHopper:
+    """In the place of a kernel: compiles it instead of launching it."""
+
+    def __init__(self, kernel):
+        from triton.backends.compiler import GPUTarget
+        from triton.runtime import driver
+
+        self.kernel, self.compiled = kernel, []
+        hopper = GPUTarget("cuda", 90, 32)
+        current = {"get_current_target": lambda: hopper, "get_current_device": lambda: 0}
+        driver.set_active(SimpleNamespace(**current, get_current_stream=lambda device: 0))
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.compiled.append(self.kernel.warmup(*args, grid=grid, **options))
 
 
 def read_log(run_dir):

@@ -1,6 +1,7 @@
 """Entmax attention against float64: python -m pytest tests/test_adasplash_kernels.py (add -m gpu on a CUDA machine)."""
 
 import ast
+import itertools
 import math
 import os
 import random
@@ -11,7 +12,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run_in_interpreter
+from conftest import ROOT, CompileForHopper, compile_for_hopper, run_in_interpreter
 
 from adasplash_kernels import _operator, causal_entmax_attention, causal_entmax_attention_qkvpacked
 
@@ -215,21 +216,19 @@ def test_one_key_has_no_gradient(alpha):
     assert not dq.any() and not dk.any()
 
 
-@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="is about the kernels")
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0))
-def test_tiles_with_support_are_visited(dtype, alpha):
+def check_support(dtype, alpha, T, device):
     """The map that the backward goes by has all groups that have u > 1e-5 in float64, and leaves some out."""
     from adasplash_kernels import kernels
 
-    T, tile, n, r = 300, 64, 5, {1.5: 2, 2.0: 1}.get(alpha, 0)
+    tile, n, r = 64, -(-T // 64), {1.5: 2, 2.0: 1}.get(alpha, 0)
     group = kernels._options(torch.empty(1, 3, T, 16, dtype=dtype), r)[1]["GROUP"]
     q, k, v, _ = normal_inputs(1, 3, T, T, 16, seed=1, spread=8)
     k *= torch.rand(1, 3, T, 1, generator=torch.Generator().manual_seed(0)) ** 2  # some keys are large, some small
-    q, k, v = (x.to(dtype) for x in (q, k, v))
-    *_, tile_map = kernels.entmax_kernels(q, k, v, None if r else torch.tensor([alpha]), r, 0.25)
+    q, k, v = (x.to(device, dtype) for x in (q, k, v))
+    *_, tile_map = kernels.entmax_kernels(q, k, v, None if r else torch.tensor([alpha], device=device), r, 0.25)
+    tile_map = tile_map.cpu()
     bits = (tile_map[..., None].long() >> torch.arange((tile + 16) // group)) & 1  # (H, n, n, tile / 16, bits)
-    p, *_ = dense_entmax(dense_scores(q.double(), k.double(), 0.25)[0], alpha)
+    p = dense_entmax(dense_scores(q.double(), k.double(), 0.25)[0], alpha)[0].cpu()
     support = F.pad(p ** (alpha - 1) > 1e-5, (0, n * tile - T, 0, n * tile - T))
     support = support.view(3, n, tile // group, group, n, tile // group, group)
     below = torch.ones(n, n, dtype=torch.bool).tril(-1)
@@ -237,6 +236,13 @@ def test_tiles_with_support_are_visited(dtype, alpha):
     for marked, expected in ((keys, support.any(3).any(2).any(-1)), (queries, support.any(-1).any(-1).any(3).mT)):
         assert not (expected & ~marked.bool())[:, below].any()
         assert marked[:, below].float().mean() < 0.9
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="is about the kernels")
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0))
+def test_tiles_with_support_are_visited(dtype, alpha):
+    check_support(dtype, alpha, 300, "cpu")
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="is about the kernels")
@@ -391,12 +397,12 @@ def test_kernels_fit_other_gpus(T, dtype):
     launched = [(kernels._forward, forward), (kernels._mend, forward), (kernels._lists, lists)]
     launched += [(kernels._query_gradient, for_queries), (kernels._key_value_gradient, for_keys)]
     for kernel, chosen in launched:
-        constants, divisible = chosen | {"p_alpha": None}, {}
+        constants, divisible = chosen | {"p_alpha": None, "s_t": 128, "s_ot": 128, "s_dt": 128}, {}
         signature = {}
         for i, name in enumerate(kernel.arg_names):
-            if name.startswith(("p_", "s_")):
-                divisible[i,] = [["tt.divisibility", 16]]  # lets tiles be copied asynchronously, into shared memory
             constant, tensor = kernel.params[i].is_constexpr or name == "p_alpha", name.startswith("p_")
+            if name.startswith(("p_", "s_")) and not constant:
+                divisible[i,] = [["tt.divisibility", 16]]  # lets tiles be copied asynchronously, into shared memory
             signature[name] = "constexpr" if constant else types.get(name, f"*{names[dtype]}" if tensor else "i32")
         constants = {(i,): constants[name] for i, name in enumerate(kernel.arg_names) if signature[name] == "constexpr"}
         source = triton.compiler.ASTSource(kernel, signature, constants, divisible)
@@ -405,6 +411,33 @@ def test_kernels_fit_other_gpus(T, dtype):
         assert compiled.metadata.shared <= 99 * 1024, kernel.__name__
         assert kernel is kernels._lists or compiled.metadata.shared > 0
         assert not scattered_reductions(compiled.asm["ttgir"]), kernel.__name__
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="compiles for GPUs")
+def test_forward_compiles_for_hopper():
+    pytest.importorskip("triton")
+    compile_for_hopper(__file__)
+
+
+def compile_forward_for_hopper():
+    """Four programs fit a multiprocessor, and no slot is fetched into before all warps are through with it."""
+    from adasplash_kernels import forward_hopper, kernels
+
+    forward_hopper._forward = kernel = CompileForHopper(forward_hopper._forward)
+    for D, dtype, T, r in ((64, torch.bfloat16, 1024, 2), (24, torch.float16, 300, 1), (64, torch.bfloat16, 9000, 0)):
+        q, alpha = torch.empty(2, 3, T, D, dtype=dtype), None if r else torch.tensor([1.3])
+        _, shift, tile_map = kernels._saved(q)
+        n, options, *_ = kernels._options(q, r)
+        p_list = torch.empty(6, n, n, dtype=torch.int16)
+        forward_hopper.forward(q, q, q, kernels.heads_last(q), shift, p_list, tile_map, alpha, 0.1, options)
+    assert len(kernel.compiled) == 3
+    for compiled in kernel.compiled:
+        assert compiled.metadata.shared <= 57_344
+        order = re.findall(r"bar\.sync|wgmma\.wait_group|cp\.async\.bulk\.tensor\.4d\.shared", compiled.asm["ptx"])
+        copies = [i for i, x in enumerate(order) if x.startswith("cp")]
+        assert len(copies) >= 12
+        for i in copies:
+            assert order[:i][::-1].index("bar.sync") < [*order[:i][::-1], "wgmma.wait_group"].index("wgmma.wait_group")
 
 
 # -----------------------------------------------------------------------------
@@ -488,47 +521,81 @@ def gpu(test):
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
 
 
+@pytest.fixture(params=("best", "portable"))
+def forward(request, monkeypatch):
+    """The forward for this GPU, and where that is one of its own also that for all GPUs."""
+    from adasplash_kernels import kernels
+
+    if request.param == "portable":
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("is the one for this GPU")
+        monkeypatch.setattr(kernels, "_on_hopper", lambda q, k, v: False)
+
+
 @gpu
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("alpha", (1.01, 1.25, 1.5, 1.75, 2.0))
-def test_gpu_accuracy(dtype, alpha):
+def test_gpu_accuracy(dtype, alpha, forward):
     draw = random.Random(f"{dtype} {alpha}")
     for seed in range(3):
-        T, D = draw.choice([1, 63, 65, 128, 255, 1000, 1025]), draw.choice([16, 20, 64, 80, 128])
+        T, D = draw.choice([1, 63, 65, 128, 255, 1000, 1025]), draw.choice([8, 16, 20, 40, 64, 80, 128])
         check(*normal_inputs(1, 3, T, T, D, seed, dtype, "cuda", spread=draw.choice([0.3, 1, 5])), alpha)
 
 
 @gpu
 @pytest.mark.parametrize("T, dtype", [(4095, torch.float32), (8192, torch.bfloat16), (9000, torch.bfloat16)])
 @pytest.mark.parametrize("alpha", (1.5, 2.0))
-def test_gpu_long(T, dtype, alpha):
+def test_gpu_long(T, dtype, alpha, forward):
     check(*normal_inputs(1, 1, T, T, 64, 0, dtype, "cuda", spread=2), alpha)
 
 
 @gpu
 @pytest.mark.parametrize("alpha", (1.01, 1.25, 1.5, 1.75, 2.0))
 @pytest.mark.parametrize("scores", EXTREMES)
-def test_gpu_extreme_scores(scores, alpha):
+def test_gpu_extreme_scores(scores, alpha, forward):
     for dtype in (torch.float32, torch.bfloat16):
         check(*exact_inputs(*EXTREMES[scores], dtype=dtype, device="cuda"), alpha, scale=1.0)
 
 
 @gpu
-def test_gpu_keys_just_below_the_threshold():
+def test_gpu_keys_just_below_the_threshold(forward):
     for seed in range(4):
         assert clustered_error(64, 512, seed, torch.bfloat16, "cuda") < 0.03
         assert clustered_error(64, 512, seed, torch.float16, "cuda") < 0.01
 
 
 @gpu
-def test_gpu_nan_in_nan_out():
-    for which in range(3):
-        inputs = normal_inputs(1, 2, 300, 300, 64, device="cuda")
+def test_gpu_nan_in_nan_out(forward):
+    for which, dtype in itertools.product(range(3), (torch.float32, torch.bfloat16)):
+        inputs = normal_inputs(1, 2, 300, 300, 64, dtype=dtype, device="cuda")
         inputs[which][0, 1, 20] = math.nan
         out, dq, *_ = run(*inputs, 1.5)
         assert out[0, 1, 20].isnan().all() and dq[0, 1, 20].isnan().all()
         assert which != 1 or out[0, 1, 20:].isnan().all()
         assert not out[0, 0].isnan().any()
+
+
+@gpu
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0))
+def test_gpu_tiles_with_support_are_visited(dtype, alpha, forward):
+    check_support(dtype, alpha, 300, "cuda")
+    check_support(dtype, alpha, 2300, "cuda")  # lists of more than 32 tiles
+
+
+@gpu
+def test_gpu_strides(forward):
+    """Views that the copies of Hopper's forward take, and such as they do not."""
+    x = torch.randn(2, 4, 3, 100, 72, device="cuda").bfloat16()
+    dout = torch.randn(2, 4, 100, 64, device="cuda").bfloat16()
+    for first in (0, 1, 4, 8):
+        q, k, v = x[..., first : first + 64].unbind(2)
+        expected = run(q.contiguous(), k.contiguous(), v.contiguous(), dout, 1.5)
+        for a, b in zip(run(q, k, v, dout, 1.5), expected, strict=True):
+            assert error(a, b) < 1e-3
+    q, k, v = x[:1, :1, :, :, :64].expand(2, 4, 3, 100, 64).unbind(2)
+    for a, b in zip(run(q, k, v, dout, 1.5), run(q.clone(), k.clone(), v.clone(), dout, 1.5), strict=True):
+        assert error(a, b) < 1e-3
 
 
 @gpu
@@ -574,3 +641,7 @@ def test_gpu_compile_autocast_checkpointing():
         gy, gz, gc = (torch.autograd.grad(o.float().square().sum(), x)[0] for o in (y, z, c))
         assert y.dtype == torch.bfloat16 and error(z, y) < 1e-2 and error(gz, gy) < 2e-2
         assert torch.equal(y, c) and torch.equal(gy, gc)
+
+
+if __name__ == "__main__":
+    compile_forward_for_hopper()

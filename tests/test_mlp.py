@@ -1,14 +1,12 @@
 """The fused layers with GELU against float64: python -m pytest tests/test_mlp.py (add -m gpu on a CUDA machine)."""
 
 import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run_in_interpreter
+from conftest import CompileForHopper, compile_for_hopper, run_in_interpreter
 
 from mlp import ROWS, linear_gelu, linear_gelu_gradient, mlp
 from model import GPT, GPTConfig
@@ -66,35 +64,16 @@ def test_the_kernel_in_the_interpreter():
 
 @pytest.mark.skipif(INTERPRETED, reason="is not the compiler")
 def test_products_compile_for_hopper():
-    """Without such a GPU: by this Triton, whose Gluon still changes, and within the 227 KB that a program may have."""
+    """Within the 227 KB that a program may have."""
     pytest.importorskip("triton")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    # in a process of its own, since Gluon's compiler leaks, and says so
-    result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
+    compile_for_hopper(__file__)
 
 
-def compile_for_hopper():
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
+def compile_products_for_hopper():
     import mlp_hopper
 
-    class Hopper:
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-        get_current_device = staticmethod(lambda: 0)
-        get_current_stream = staticmethod(lambda device: 0)
-
-    class Compile:
-        def __init__(self, kernel):
-            self.kernel, self.compiled = kernel, []
-
-        def __getitem__(self, grid):
-            return lambda *args, **options: self.compiled.append(self.kernel.warmup(*args, grid=grid, **options))
-
-    driver.set_active(Hopper())
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
-    mlp_hopper._product = kernel = Compile(mlp_hopper._product)
+    mlp_hopper._product = kernel = CompileForHopper(mlp_hopper._product)
     cases = (9, 40, 200, torch.bfloat16), (1024, 768, 3072, torch.bfloat16), (9, 40, 200, torch.float16)
     for N, C, W, dtype in cases:
         x, weight, z = (torch.empty(*shape, dtype=dtype) for shape in ((N, C), (W, C), (N, W)))
@@ -147,4 +126,4 @@ def test_gpu_model_takes_it(compiled, in_16_bits, bound):
 
 
 if __name__ == "__main__":
-    compile_for_hopper()
+    compile_products_for_hopper()
