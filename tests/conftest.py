@@ -1,5 +1,6 @@
 """Shards and processes that the tests share."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -17,6 +18,36 @@ from data.shards import write_shard
 torch.set_num_threads(1)  # the tests share the cores: see pytest -n
 ROOT = Path(__file__).parent.parent
 NOT_REPRODUCED = {"step_ms", "tokens_per_s", "mfu", "peak_memory_bytes", "val_ms"}  # times and memory
+
+
+def patch_language_once():
+    """Triton's interpreter does so at each call of a function by a kernel, which is half of its time; here a kernel does."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(function):
+        found = {name for name in ("tl", "core") if function.__globals__.get(name) in (language, language.core)}
+        if found <= patched:
+            return None  # by a function's call, which does not restore
+        scope = patch(function)
+        restore, first = scope.restore, not patched
+        patched.update(found)
+
+        def restore_all():
+            restore()
+            patched.clear()
+
+        if first:
+            scope.restore = restore_all
+        return scope
+
+    interpreter._patch_lang = patch_once
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    patch_language_once()
 
 
 @pytest.fixture(scope="session")
