@@ -87,9 +87,9 @@ def _listed(p_list, i, n_list):
 
 
 @gluon.jit
-def _scores(s_q, s_k, b_none):
-    """Begin to compute the scores of a tile of keys."""
-    return warpgroup_mma(s_q, s_k.permute((1, 0)), b_none, use_acc=False, is_async=True)
+def _scores(q, s_k, b_none):
+    """Begin to compute the scores of a tile of keys; q: in registers, or in shared memory."""
+    return warpgroup_mma(q, s_k.permute((1, 0)), b_none, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -143,8 +143,9 @@ def _forward(
     zero, b_none = gl.zeros([TILE], gl.float32, row), gl.zeros([TILE, TILE], gl.float32, scores)
     zero_8 = tl.sum(_parts(b_none), 1)
     mbarrier.wait(full.index(SLOTS), 0)
-    b_z = _scores(s_q, s_k, b_none)
-    b_y = _scores(s_q, _arrived(ring, full, 0, i_q > 0), b_none)
+    b_q = s_q.load(gl.DotOperandLayout(0, scores, 2))  # for as long as there are registers: until the output is summed
+    b_z = _scores(b_q, s_k, b_none)
+    b_y = _scores(b_q, _arrived(ring, full, 0, i_q > 0), b_none)
     b_z, b_y = warpgroup_mma_wait(0, deps=(b_z, b_y))
     b_z = gl.where(o_m[:, None] >= o_n[None, :], b_z, -INFINITY)
     near = gl.where(i_q > 0, _max(b_y), -INFINITY)  # the first has none before it
@@ -161,7 +162,7 @@ def _forward(
     n_list = gl.max((((near - top) * c >= floor) & (o_q < T)).to(gl.int32), 0)
     gl.store(p_list, (i_q - 1).to(gl.int16), mask=n_list > 0)
     o_32 = gl.arange(0, 32, line)
-    b_z = _scores(s_q, _arrived(ring, full, 1, i_q > 1), b_none)
+    b_z = _scores(b_q, _arrived(ring, full, 1, i_q > 1), b_none)
     for done in range(1, i_q, 32):
         bits = _marks(zero_8)
         top_8, total_8, lower_8 = zero_8 - INFINITY, zero_8, zero_8
@@ -172,7 +173,7 @@ def _forward(
             b_z = warpgroup_mma_wait(0, deps=(b_z,))
             top_8 = _larger(top_8, _max(_parts(b_z)))
             b_u = _above_any(b_z, top[:, None], seen, c, R, EXACT)
-            b_z = _scores(s_q, _arrived(ring, full, number + 1, number + 1 < i_q), b_none)
+            b_z = _scores(b_q, _arrived(ring, full, number + 1, number + 1 < i_q), b_none)
             b_p, b_lower = _powers(b_u, r, R)
             p_8 = tl.sum(_parts(b_p), 1)
             total_8, lower_8 = total_8 + p_8, lower_8 + tl.sum(_parts(b_lower), 1)
@@ -199,9 +200,9 @@ def _forward(
     while go > 0:
         for first in gl.static_range(AHEAD):
             _fetch(t_k, head, _listed(p_list, first, n_list), ring, full, number + first, first < n_list)
-        b_z = warpgroup_mma_wait(0, deps=(_scores(s_q, s_k, b_none),))
+        b_z = warpgroup_mma_wait(0, deps=(_scores(b_q, s_k, b_none),))
         b_u = _above_causal(b_z, o_m, o_n, top[:, None], tau[:, None], c, EXACT)
-        b_z = _scores(s_q, _arrived(ring, full, number, n_list > 0), b_none)
+        b_z = _scores(b_q, _arrived(ring, full, number, n_list > 0), b_none)
         b_p, b_lower = _powers(b_u, r, R)
         total_8, lower_8 = tl.sum(_parts(b_p), 1), tl.sum(_parts(b_lower), 1)
         for i in range(0, n_list):
@@ -210,7 +211,7 @@ def _forward(
             b_z = warpgroup_mma_wait(0, deps=(b_z,))
             b_u = _above(b_z, top[:, None], tau[:, None], c, EXACT)
             number += 1
-            b_z = _scores(s_q, _arrived(ring, full, number, i + 1 < n_list), b_none)
+            b_z = _scores(b_q, _arrived(ring, full, number, i + 1 < n_list), b_none)
             b_p, b_lower = _powers(b_u, r, R)
             total_8, lower_8 = total_8 + tl.sum(_parts(b_p), 1), lower_8 + tl.sum(_parts(b_lower), 1)
         b_z = warpgroup_mma_wait(0, deps=(b_z,))
