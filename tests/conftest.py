@@ -21,7 +21,7 @@ NOT_REPRODUCED = {"step_ms", "tokens_per_s", "mfu", "peak_memory_bytes", "val_ms
 
 
 def patch_language_once():
-    """Triton's interpreter does so at each call of a function by a kernel, which is half of its time; here a kernel does."""
+    """Let a kernel do so, not each function that it calls, on which Triton's interpreter spends half of its time."""
     from triton import language
     from triton.runtime import interpreter
 
