@@ -24,7 +24,8 @@ def causal_entmax_attention(q, k, v, alpha=1.5, scale=None):
     """Attention with alpha-entmax in the place of softmax, each query over the keys up to its own.
 
     q: (B, H, R, D); k, v: (B, H, T, D) with 1 <= R <= T: the queries are the last R of the T positions.
-        float32, bfloat16 or float16, summed in float32; float64, D > 128, T > 2^19 and R < T are left to the reference.
+        float32, bfloat16 or float16, summed in float32. The reference takes what the kernels do not: float64, D > 128,
+        T > 2^19, B or H from 2^16 on, R < T.
     alpha: 1 is softmax, as is a number below 1.00001; 2 is sparsemax. A number, or a one-element float32 tensor on q's
         device from there to 2: the host never reads that, so a compiled or captured model follows as it changes.
     scale: of the scores q.k, positive; 1 / sqrt(D) by default.

@@ -1,12 +1,13 @@
 """The forward of kernels.py for Hopper GPUs, in Gluon, Triton's own lower level: the same steps, which are told there.
 
 Tiles of q, k and v are fetched by the copy engine, for which no thread computes addresses, into a ring of slots in
-shared memory, AHEAD tiles before they are needed. The scores of the next tile are begun as soon as those of a tile have
-been turned into u. docs/kernels.md says what this brings.
+shared memory, ahead of their use. In the first pass and the sweeps the tensor cores begin with the scores of the next
+tile as soon as those of a tile have been turned into u; in the output, when the tile's weights are on their way to
+them. docs/kernels.md says what this brings.
 
-A program counts the tiles that it fetches, over all its passes: number i goes to slot i % SLOTS, whose barrier then
-completes when it is there. A barrier's phase, 0 or 1, flips each time that it completes, and to wait for a phase is to
-wait for its end. Names that begin with t_ are tensors as the copy engine takes them, s_ is shared memory.
+A program counts the tiles that it fetches into the ring, over all its passes: number i goes to slot i % SLOTS, whose
+barrier then completes when it is there. A barrier's phase, 0 or 1, flips each time that it completes, and to wait for a
+phase is to wait for its end. Names that begin with t_ are tensors as the copy engine takes them, s_ is shared memory.
 """
 
 import torch
@@ -54,8 +55,8 @@ load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_t
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 LOG_SLOTS = gl.constexpr(2)
-SLOTS = gl.constexpr(4)
-AHEAD = gl.constexpr(3)
+SLOTS = gl.constexpr(4)  # which the output needs: of two tiles, keys and values
+AHEAD = gl.constexpr(3)  # the slot that is fetched into is that of the tile before
 EXACT = gl.constexpr(False)  # 16 bits only
 
 
@@ -67,7 +68,11 @@ def _matrix(s_tile):
 
 @gluon.jit
 def _fetch(t_x, head, j, ring, full, number, needed):
-    """Begin to load tile j of `head` of x, which is the tile of this number, if it is needed."""
+    """Begin to load tile j of x as the program's tile of this number, if it is needed.
+
+    All warps are through with what the slot held: each has waited for its products, and Triton puts a barrier for all
+    before `expect`, as others may still look at `full`. The tests look for it in what was compiled.
+    """
     slot = number & (SLOTS - 1)
     mbarrier.expect(full.index(slot), t_x.block_type.nbytes, pred=needed)
     load(t_x, [head[0], head[1], j * t_x.block_type.shape[2], 0], full.index(slot), ring.index(slot), needed)
@@ -75,7 +80,7 @@ def _fetch(t_x, head, j, ring, full, number, needed):
 
 @gluon.jit
 def _arrived(ring, full, number, needed):
-    """The tile of this number, when it is there; if it is not needed, whatever the slot holds."""
+    """The tile of this number, when it is there; if it is not needed, whatever the slot holds, for scores not used."""
     slot = number & (SLOTS - 1)
     mbarrier.wait(full.index(slot), number >> LOG_SLOTS & 1, pred=needed)
     return _matrix(ring.index(slot))
@@ -87,9 +92,9 @@ def _listed(p_list, i, n_list):
 
 
 @gluon.jit
-def _scores(q, s_k, b_none):
+def _scores(q, s_k, b_unused):
     """Begin to compute the scores of a tile of keys; q: in registers, or in shared memory."""
-    return warpgroup_mma(q, s_k.permute((1, 0)), b_none, use_acc=False, is_async=True)
+    return warpgroup_mma(q, s_k.permute((1, 0)), b_unused, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -118,13 +123,13 @@ def _forward(
     alpha, r, c = _parameters(p_alpha, scale, R)
     o_m, o_n = gl.arange(0, TILE, row), gl.arange(0, TILE, gl.SliceLayout(0, scores))
     o_q = i_q * TILE + o_m
-    # see _places
+    # _places, in layouts that the compiler finds
     auto: gl.constexpr = gl.AutoLayout()
     places = gl.arange(0, 2, auto), gl.arange(0, 4, auto), gl.arange(0, 8, auto), gl.arange(0, TILE // 8, auto)
 
     own = gl.allocate_shared_memory(dtype, [2] + t_q.block_type.shape, t_q.layout)  # queries and keys of the diagonal
     ring = gl.allocate_shared_memory(dtype, [SLOTS] + t_q.block_type.shape, t_q.layout)
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS + 1, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS + 1, 1], mbarrier.MBarrierLayout())  # the last: of own
     for slot in gl.static_range(SLOTS + 1):
         mbarrier.init(full.index(slot), count=1)
     fence_async_shared()
@@ -140,12 +145,12 @@ def _forward(
 
     # The tile on the diagonal and the one before it
     s_q, s_k = _matrix(own.index(0)), _matrix(own.index(1))
-    zero, b_none = gl.zeros([TILE], gl.float32, row), gl.zeros([TILE, TILE], gl.float32, scores)
-    zero_8 = tl.sum(_parts(b_none), 1)
+    zero, b_unused = gl.zeros([TILE], gl.float32, row), gl.zeros([TILE, TILE], gl.float32, scores)
+    zero_8 = tl.sum(_parts(b_unused), 1)
     mbarrier.wait(full.index(SLOTS), 0)
-    b_q = s_q.load(gl.DotOperandLayout(0, scores, 2))  # for as long as there are registers: until the output is summed
-    b_z = _scores(b_q, s_k, b_none)
-    b_y = _scores(b_q, _arrived(ring, full, 0, i_q > 0), b_none)
+    b_q = s_q.load(gl.DotOperandLayout(0, scores, 2))  # in registers until the output, whose sums need these
+    b_z = _scores(b_q, s_k, b_unused)
+    b_y = _scores(b_q, _arrived(ring, full, 0, i_q > 0), b_unused)
     b_z, b_y = warpgroup_mma_wait(0, deps=(b_z, b_y))
     b_z = gl.where(o_m[:, None] >= o_n[None, :], b_z, -INFINITY)
     near = gl.where(i_q > 0, _max(b_y), -INFINITY)  # the first has none before it
@@ -162,18 +167,18 @@ def _forward(
     n_list = gl.max((((near - top) * c >= floor) & (o_q < T)).to(gl.int32), 0)
     gl.store(p_list, (i_q - 1).to(gl.int16), mask=n_list > 0)
     o_32 = gl.arange(0, 32, line)
-    b_z = _scores(b_q, _arrived(ring, full, 1, i_q > 1), b_none)
+    b_z = _scores(b_q, _arrived(ring, full, 1, i_q > 1), b_unused)
     for done in range(1, i_q, 32):
         bits = _marks(zero_8)
         top_8, total_8, lower_8 = zero_8 - INFINITY, zero_8, zero_8
-        seen = gl.where(o_q < T, floor, INFINITY)[:, None]
+        b_floor = gl.where(o_q < T, floor, INFINITY)[:, None]
         for i in range(0, gl.minimum(i_q - done, 32)):
             number = done + i
             _fetch(t_k, head, i_q - 1 - AHEAD - number, ring, full, number + AHEAD, number + AHEAD < i_q)
             b_z = warpgroup_mma_wait(0, deps=(b_z,))
             top_8 = _larger(top_8, _max(_parts(b_z)))
-            b_u = _above_any(b_z, top[:, None], seen, c, R, EXACT)
-            b_z = _scores(b_q, _arrived(ring, full, number + 1, number + 1 < i_q), b_none)
+            b_u = _above_any(b_z, top[:, None], b_floor, c, R, EXACT)
+            b_z = _scores(b_q, _arrived(ring, full, number + 1, number + 1 < i_q), b_unused)
             b_p, b_lower = _powers(b_u, r, R)
             p_8 = tl.sum(_parts(b_p), 1)
             total_8, lower_8 = total_8 + p_8, lower_8 + tl.sum(_parts(b_lower), 1)
@@ -200,9 +205,9 @@ def _forward(
     while go > 0:
         for first in gl.static_range(AHEAD):
             _fetch(t_k, head, _listed(p_list, first, n_list), ring, full, number + first, first < n_list)
-        b_z = warpgroup_mma_wait(0, deps=(_scores(b_q, s_k, b_none),))
+        b_z = warpgroup_mma_wait(0, deps=(_scores(b_q, s_k, b_unused),))
         b_u = _above_causal(b_z, o_m, o_n, top[:, None], tau[:, None], c, EXACT)
-        b_z = _scores(b_q, _arrived(ring, full, number, n_list > 0), b_none)
+        b_z = _scores(b_q, _arrived(ring, full, number, n_list > 0), b_unused)
         b_p, b_lower = _powers(b_u, r, R)
         total_8, lower_8 = tl.sum(_parts(b_p), 1), tl.sum(_parts(b_lower), 1)
         for i in range(0, n_list):
@@ -211,7 +216,7 @@ def _forward(
             b_z = warpgroup_mma_wait(0, deps=(b_z,))
             b_u = _above(b_z, top[:, None], tau[:, None], c, EXACT)
             number += 1
-            b_z = _scores(b_q, _arrived(ring, full, number, i + 1 < n_list), b_none)
+            b_z = _scores(b_q, _arrived(ring, full, number, i + 1 < n_list), b_unused)
             b_p, b_lower = _powers(b_u, r, R)
             total_8, lower_8 = total_8 + tl.sum(_parts(b_p), 1), lower_8 + tl.sum(_parts(b_lower), 1)
         b_z = warpgroup_mma_wait(0, deps=(b_z,))
@@ -222,18 +227,18 @@ def _forward(
         go = gl.where(go < MAX_SWEEPS, go + 1, 0) * gl.max(moving.to(gl.int32), 0)
 
     # The output, and which groups of keys and queries have support. Values and next keys are fetched by turns
-    nan = _any_of_16((top != top) & (o_q < T))
+    nan = _any_of_16((top != top) & (o_q < T))  # has support, though u be 0
     j, next_j = _listed(p_list, 0, n_list), _listed(p_list, 1, n_list)
     _fetch(t_v, head, i_q, ring, full, number, True)
     _fetch(t_k, head, j, ring, full, number + 1, n_list > 0)
     _fetch(t_v, head, j, ring, full, number + 2, n_list > 0)
     _fetch(t_k, head, next_j, ring, full, number + 3, n_list > 1)
-    b_z = warpgroup_mma_wait(0, deps=(_scores(s_q, s_k, b_none),))
+    b_z = warpgroup_mma_wait(0, deps=(_scores(s_q, s_k, b_unused),))
     b_p = _powers(_above_causal(b_z, o_m, o_n, top[:, None], tau[:, None], c, EXACT), r, R)[0]
     total_8, b_o = tl.sum(_parts(b_p), 1), gl.zeros([TILE, BD], gl.float32, output)
     b_p = gl.convert_layout(b_p.to(dtype), weights)
     b_o = warpgroup_mma(b_p, _arrived(ring, full, number, True), b_o, use_acc=False, is_async=True)
-    b_z = _scores(s_q, _arrived(ring, full, number + 1, n_list > 0), b_none)
+    b_z = _scores(s_q, _arrived(ring, full, number + 1, n_list > 0), b_unused)
     for i in range(0, n_list):
         b_z, b_o = warpgroup_mma_wait(0, deps=(b_z, b_o))
         this_j, j, next_j = j, next_j, _listed(p_list, i + 2, n_list)
@@ -249,7 +254,7 @@ def _forward(
         number += 2
         b_p = gl.convert_layout(b_p.to(dtype), weights)
         b_o = warpgroup_mma(b_p, _arrived(ring, full, number, True), b_o, is_async=True)
-        b_z = _scores(s_q, _arrived(ring, full, number + 1, i + 1 < n_list), b_none)
+        b_z = _scores(s_q, _arrived(ring, full, number + 1, i + 1 < n_list), b_unused)
     b_z, b_o = warpgroup_mma_wait(0, deps=(b_z, b_o))
 
     total = _by_rows(total_8, row)
@@ -266,7 +271,7 @@ def _forward(
 
 
 def forward(q, k, v, out, shift, p_list, tile_map, alpha, scale, options):
-    """What _forward of kernels.py does; all as that has it."""
+    """What _forward of kernels.py does, which takes the same as p_q and so on; options: of _options."""
     dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
     block = [1, 1, options["TILE"], options["BD"]]
     layout = gl.NVMMASharedLayout.get_default_for(block, dtype)

@@ -116,7 +116,10 @@ def _union(bits, EXACT: tl.constexpr):
 
 @triton.jit
 def _places(N: tl.constexpr):
-    """Numbers of what _support tells apart in a tile of N columns."""
+    """What _support counts by in a tile of N columns.
+
+    Rows i and i + 8, or a pair's two columns; the 4 pairs of 8 columns; the 8 rows i; the N / 8 parts of a row.
+    """
     return tl.arange(0, 2), tl.arange(0, 4), tl.arange(0, 8), tl.arange(0, N // 8)
 
 
@@ -966,11 +969,20 @@ def _gradient_like(q):
 
 
 def _on_hopper(q, k, v):
-    """Whether forward_hopper.py takes them: 16 bits, D up to 64, strides of 16 bytes, as its copies have it."""
-    tensors = (q, k, v)
-    even = all(x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in x.stride()[:3]) for x in tensors)
-    fits = q.element_size() == 2 and q.shape[3] <= 64 and q.shape[3] % 8 == 0
-    return q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0) and fits and even
+    """Whether forward_hopper.py takes them."""
+    return q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0) and _copy_engine_takes(q, k, v)
+
+
+def _copy_engine_takes(*tensors):
+    """Whether they are (B, H, T, D) of 16 bits, D up to 64, where rows begin at multiples of 16 bytes, nothing is
+    expanded, and no row begins before the end of another.
+    """
+
+    def takes(x):
+        apart = x.stride(2) >= x.shape[3] and all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:3])
+        return x.element_size() == 2 and x.shape[3] <= 64 and x.shape[3] % 8 == x.data_ptr() % 16 == 0 and apart
+
+    return all(map(takes, tensors))
 
 
 @torch.library.register_fake("adasplash::entmax")

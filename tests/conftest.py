@@ -1,4 +1,4 @@
-"""Shards and processes that the tests share."""
+"""What the tests share: shards, processes, and ways to run kernels without a GPU."""
 
 import importlib.util
 import json
@@ -21,7 +21,10 @@ NOT_REPRODUCED = {"step_ms", "tokens_per_s", "mfu", "peak_memory_bytes", "val_ms
 
 
 def patch_language_once():
-    """Let a kernel do so, not each function that it calls, on which Triton's interpreter spends half of its time."""
+    """Have Triton's interpreter patch triton.language once a launch, not at each call of a function.
+
+    That was half of its time.
+    """
     from triton import language
     from triton.runtime import interpreter
 
@@ -123,18 +126,18 @@ def run_in_interpreter(file, chosen):
     assert result.returncode == 0, result.stdout[-3000:]
 
 
-def compile_for_hopper(file):
-    """Run that file, which compiles kernels in Gluon, without such a GPU: Gluon still changes from Triton to Triton.
-
-    In a process of its own, since its compiler leaks, and says so.
-    """
+def compile_in_a_process(file):
+    """Run that file, which compiles kernels in Gluon: its compiler leaks, and says so."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, file], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
 class CompileForHopper:
-    """In the place of a kernel: compiles it instead of launching it."""
+    """In the place of a kernel: compiles it instead of launching it, with Hopper as Triton's GPU from here on.
+
+    That needs no GPU, and shows whether this Triton's Gluon, which still changes, takes the kernel.
+    """
 
     def __init__(self, kernel):
         from triton.backends.compiler import GPUTarget

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, CompileForHopper, compile_for_hopper, run_in_interpreter
+from conftest import ROOT, CompileForHopper, compile_in_a_process, run_in_interpreter
 
 from adasplash_kernels import _operator, causal_entmax_attention, causal_entmax_attention_qkvpacked
 
@@ -416,7 +416,33 @@ def test_kernels_fit_other_gpus(T, dtype):
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="compiles for GPUs")
 def test_forward_compiles_for_hopper():
     pytest.importorskip("triton")
-    compile_for_hopper(__file__)
+    compile_in_a_process(__file__)
+
+
+def unguarded_copies(ptx):
+    """How many copies into shared memory there are, and those that some path reaches from a wait for the tensor cores,
+    which holds for one warp, without a barrier for all: by PTX, as instructions and labels."""
+    kinds = r"bar\.sync|wgmma\.wait_group|cp\.async\.bulk\.tensor\.4d\.shared|ret;"
+    found = [
+        re.search(rf"^\s*(\$L__BB\w+):|(@\S+\s+)?bra(?:\.uni)?\s+(\$L__BB\w+)|({kinds})", x) for x in ptx.splitlines()
+    ]
+    steps = [x.groups() for x in found if x]
+    labels = {label: i for i, (label, *_) in enumerate(steps) if label}
+    unguarded, seen, paths = set(), set(), [(0, False)]
+    while paths:
+        i, waited = path = paths.pop()
+        if path in seen or i == len(steps):
+            continue
+        seen.add(path)
+        _, condition, target, kind = steps[i]
+        if target:
+            paths.append((labels[target], waited))
+        if kind == "ret;" or target and not condition:
+            continue
+        if kind and kind.startswith("cp") and waited:
+            unguarded.add(i)
+        paths.append((i + 1, kind == "wgmma.wait_group" or waited and kind != "bar.sync"))
+    return sum(bool(kind) and kind.startswith("cp") for *_, kind in steps), unguarded
 
 
 def compile_forward_for_hopper():
@@ -433,11 +459,33 @@ def compile_forward_for_hopper():
     assert len(kernel.compiled) == 3
     for compiled in kernel.compiled:
         assert compiled.metadata.shared <= 57_344
-        order = re.findall(r"bar\.sync|wgmma\.wait_group|cp\.async\.bulk\.tensor\.4d\.shared", compiled.asm["ptx"])
-        copies = [i for i, x in enumerate(order) if x.startswith("cp")]
-        assert len(copies) >= 12
-        for i in copies:
-            assert order[:i][::-1].index("bar.sync") < [*order[:i][::-1], "wgmma.wait_group"].index("wgmma.wait_group")
+        ptx = compiled.asm["ptx"]
+        assert unguarded_copies(ptx) == (17, set())
+        # and each of the three loops has a barrier without which that would not be so
+        loops = re.findall(
+            r"(?ms)^(\$L__BB\w+):((?:(?!^\$L__BB).)*?tensor\.4d\.shared(?:(?!^\$L__BB).)*?bra\s+\1;)", ptx
+        )
+        assert len(loops) == 3
+        for _, loop in loops:
+            assert unguarded_copies(ptx.replace(loop, loop.replace("bar.sync", "")))[1]
+
+
+def test_what_the_copy_engine_takes():
+    """Views of packed tensors, at whole 16 bytes, whose rows and heads lie apart from each other."""
+    pytest.importorskip("triton")
+    from adasplash_kernels.kernels import _copy_engine_takes
+
+    x = torch.empty(2, 4, 3, 100, 80, dtype=torch.bfloat16)
+    base = -x.data_ptr() // 2 % 8  # elements to the next 16 bytes
+    for first in range(16):
+        assert _copy_engine_takes(*x[..., first : first + 64].unbind(2)) == ((first - base) % 8 == 0)
+    aligned = x[..., base : base + 64]
+    assert _copy_engine_takes(aligned[:1, :1, 0], aligned[..., :1, :][:, :, 0])
+    assert not _copy_engine_takes(aligned[:1, :, 0].expand(2, 4, 100, 64))
+    assert not _copy_engine_takes(aligned[:, :, 0].as_strided((2, 4, 90, 64), (96000, 24000, 8, 1)))  # rows overlap
+    assert not _copy_engine_takes(torch.empty(2, 4, 3, 100, 66, dtype=torch.bfloat16)[:, :, 0, :, :64])
+    assert not _copy_engine_takes(aligned[:, :, 0, :, :20]) and not _copy_engine_takes(x[:, :, 0])
+    assert not _copy_engine_takes(torch.empty(2, 4, 100, 64))
 
 
 # -----------------------------------------------------------------------------
@@ -523,12 +571,12 @@ def gpu(test):
 
 @pytest.fixture(params=("best", "portable"))
 def forward(request, monkeypatch):
-    """The forward for this GPU, and where that is one of its own also that for all GPUs."""
+    """With the forward that this GPU gets and, on Hopper, which has its own, also with that of the others."""
     from adasplash_kernels import kernels
 
     if request.param == "portable":
         if torch.cuda.get_device_capability() != (9, 0):
-            pytest.skip("is the one for this GPU")
+            pytest.skip("this GPU has no other")
         monkeypatch.setattr(kernels, "_on_hopper", lambda q, k, v: False)
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CompileForHopper, compile_for_hopper, run_in_interpreter
+from conftest import CompileForHopper, compile_in_a_process, run_in_interpreter
 
 from mlp import ROWS, linear_gelu, linear_gelu_gradient, mlp
 from model import GPT, GPTConfig
@@ -66,7 +66,7 @@ def test_the_kernel_in_the_interpreter():
 def test_products_compile_for_hopper():
     """Within the 227 KB that a program may have."""
     pytest.importorskip("triton")
-    compile_for_hopper(__file__)
+    compile_in_a_process(__file__)
 
 
 def compile_products_for_hopper():
