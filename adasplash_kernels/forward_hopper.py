@@ -259,7 +259,7 @@ def _forward(
 
     total = _by_rows(total_8, row)
     step = _newton(total, lower, alpha, R, EXACT)[1]
-    again = _any_of_16((total > 1 + tolerance / 8) & (o_q < T)).to(gl.int64)
+    again = _any_of_16((total > 1 + tolerance / 8) & (o_q < T)).to(gl.int64)  # for _mend, by the diagonal's word
     o_word = gl.arange(0, TILE // 16, again.type.layout)
     _store_words(p_map + i_q * (TILE // 16) + o_word, again)
     tau = gl.minimum(gl.maximum(tau + step, floor), ceiling) + top * c

@@ -775,8 +775,8 @@ def _query_gradient(
             b_g, b_l, g_8, l_8, o_k, _gather(p_k, s_t, o_k, T, D, BD), _gather(p_v, s_t, o_k, T, D, BD), b_q, b_zo,
             less_mean, top, shift[:, None], o_q, c, r, R, EXACT, False)  # fmt: skip
     move = tl.sum(g_8, 1) / tl.sum(l_8, 1)
-    scale = tl.where(o_q == 0, 0.0, scale)  # the row of one key: p is 1 whatever the score (or NaN)
-    b_zq = scale[:, None] * (b_g - move[:, None] * b_l)
+    row_scale = tl.where(o_q == 0, 0.0, scale)  # the row of one key: p is 1 whatever the score (or NaN)
+    b_zq = row_scale[:, None] * (b_g - move[:, None] * b_l)
     tl.store(p_rows + 2 * o_row, shift)
     tl.store(p_rows + 2 * o_row + 1, tl.where(o_q < T, less_mean - move, 0.0))
     _store(p_dq, 3 * H * D, i_q, T, b_zq, D, BD, TILE)
