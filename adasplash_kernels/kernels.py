@@ -918,14 +918,15 @@ def _attend(
     p_list = torch.empty(heads, n, n, dtype=torch.int16, device=q.device)
     shared = dict(p_q=q, p_k=k, p_v=v, p_o=out, p_shift=shift, p_map=tile_map, p_alpha=alpha, scale=scale)
     shared |= _strides(q) | options
-    if _on_hopper(q, k, v):
-        from adasplash_kernels import forward_hopper  # here, as others' Triton may lack Gluon
+    with torch.cuda.device_of(q):  # Triton launches on the current one
+        if _on_hopper(q, k, v):
+            from adasplash_kernels import forward_hopper  # here, as others' Triton may lack Gluon
 
-        forward_hopper.forward(q, k, v, out, shift, p_list, tile_map, alpha, scale, options)
-    else:
-        _forward[n, q.shape[1], q.shape[0]](p_top=top, p_list=p_list, **shared)
-    if not options["EXACT"]:
-        _mend[triton.cdiv(heads * n, 128),](heads=heads, **shared)
+            forward_hopper.forward(q, k, v, out, shift, p_list, tile_map, alpha, scale, options)
+        else:
+            _forward[n, q.shape[1], q.shape[0]](p_top=top, p_list=p_list, **shared)
+        if not options["EXACT"]:
+            _mend[triton.cdiv(heads * n, 128),](heads=heads, **shared)
     return out, top, shift, tile_map
 
 
@@ -957,9 +958,10 @@ def entmax_kernels_backward(
     groups = for_keys["TILE"] // for_keys["GROUP"]
     shared |= dict(p_list=torch.empty(2, *programs, n * groups, dtype=torch.int16, device=q.device))
     shared |= dict(p_count=shift.new_empty(2, *programs, dtype=torch.int32))
-    _lists[*programs, 2](tile_map, shared["p_list"], shared["p_count"], n, tile_map.shape[3], groups, num_warps=1)
-    _query_gradient[grid](p_o=out, p_shift=shift, p_dq=dq, **_strides(out, "o"), **shared, **for_queries)
-    _key_value_gradient[grid](p_dk=dk, p_dv=dv, **shared, **for_keys)
+    with torch.cuda.device_of(q):
+        _lists[*programs, 2](tile_map, shared["p_list"], shared["p_count"], n, tile_map.shape[3], groups, num_warps=1)
+        _query_gradient[grid](p_o=out, p_shift=shift, p_dq=dq, **_strides(out, "o"), **shared, **for_queries)
+        _key_value_gradient[grid](p_dk=dk, p_dv=dv, **shared, **for_keys)
     return dqkv
 
 

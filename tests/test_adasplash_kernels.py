@@ -647,6 +647,14 @@ def test_gpu_strides(forward):
 
 
 @gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_gpu_that_is_not_the_current_one():
+    inputs = normal_inputs(2, 2, 100, 100, 64, 0, torch.bfloat16, "cuda:0")
+    for a, b in zip(run(*inputs, 1.5), run(*(x.to("cuda:1") for x in inputs), 1.5), strict=True):
+        assert b.device.index == 1 and torch.equal(a, b.to("cuda:0"))
+
+
+@gpu
 def test_gpu_one_key_has_no_gradient():
     for alpha in (1.25, 1.5, 2.0):
         _, dq, dk, _ = run(*normal_inputs(2, 2, 1, 1, 64, 0, torch.bfloat16, "cuda"), alpha)
