@@ -26,10 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from adasplash_kernels.forward_hopper import load, make_barriers, store
 from mlp import ROWS
-
-load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # Triton 3.6
-store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 TILE = gl.constexpr(ROWS)  # rows and columns of a tile of the product
 HALF = gl.constexpr(64)  # columns of it that are finished at a time
@@ -155,15 +153,6 @@ def _multiply(tensors, p_vector, buffers, barriers, n_tiles, n_columns, C, W, WH
 
 
 @gluon.jit
-def _barriers(n: gl.constexpr):
-    """n barriers that one arrival completes."""
-    barriers = gl.allocate_shared_memory(gl.int64, [n, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(n):
-        mbarrier.init(barriers.index(i), count=1)
-    return barriers
-
-
-@gluon.jit
 def _product(
     t_x, t_weight, t_z, t_a, t_dz, p_vector, N, C, W, FORWARD: gl.constexpr, SLOTS: gl.constexpr
 ):  # fmt: skip
@@ -172,7 +161,8 @@ def _product(
     s_weight = gl.allocate_shared_memory(t_x.dtype, [SLOTS] + t_weight.block_type.shape, t_weight.layout)
     s_wide = gl.allocate_shared_memory(t_x.dtype, [4 if FORWARD else 6] + t_z.block_type.shape, t_z.layout)
     tensors, buffers = (t_x, t_weight, t_z, t_a, t_dz), (s_x, s_weight, s_wide)
-    barriers = _barriers(SLOTS), _barriers(SLOTS), _barriers(2), _barriers(2), _barriers(2)
+    full, empty = make_barriers(SLOTS), make_barriers(SLOTS)
+    barriers = full, empty, make_barriers(2), make_barriers(2), make_barriers(2)
     n_columns = gl.cdiv(W, TILE)
     n_tiles = gl.cdiv(N, TILE) * n_columns
     first, second = gl.constexpr(0), gl.constexpr(1)

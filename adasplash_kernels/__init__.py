@@ -71,10 +71,9 @@ def _parameters(q, alpha, scale):
 def _operator(q, k):
     """The Triton kernels where they run; the reference elsewhere, and for what is no part of training."""
     runs = entmax_kernels is not None and (q.is_cuda or (INTERPRETED.value and q.device.type == "cpu"))
-    takes = (
-        runs and q.shape[2] == k.shape[2] <= max(LONGEST.values()) and q.shape[3] <= 128 and max(q.shape[:2]) < 2**16
-    )
-    return entmax_kernels if takes and q.dtype != torch.float64 else entmax_reference
+    (B, H, R, D), T = q.shape, k.shape[2]
+    takes = R == T <= max(LONGEST.values()) and D <= 128 and max(B, H) < 2**16 and q.dtype != torch.float64
+    return entmax_kernels if runs and takes else entmax_reference
 
 
 def _check(q, k, v, alpha, scale):

@@ -28,7 +28,6 @@ from adasplash_kernels.kernels import (
     MAX_SWEEPS,
     _above,
     _above_any,
-    _above_causal,
     _any_of_16,
     _bounds,
     _guess,
@@ -55,9 +54,18 @@ load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_t
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 LOG_SLOTS = gl.constexpr(2)
-SLOTS = gl.constexpr(4)  # which the output needs: of two tiles, keys and values
-AHEAD = gl.constexpr(3)  # the slot that is fetched into is that of the tile before
+SLOTS = gl.constexpr(1 << LOG_SLOTS.value)  # the output needs 4: of two tiles, keys and values
+AHEAD = gl.constexpr(SLOTS.value - 1)  # the slot that is fetched into is that of the tile before
 EXACT = gl.constexpr(False)  # 16 bits only
+
+
+@gluon.jit
+def make_barriers(n: gl.constexpr):
+    """n barriers that one arrival completes."""
+    barriers = gl.allocate_shared_memory(gl.int64, [n, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(n):
+        mbarrier.init(barriers.index(i), count=1)
+    return barriers
 
 
 @gluon.jit
@@ -98,6 +106,19 @@ def _scores(q, s_k, b_unused):
 
 
 @gluon.jit
+def _above_causal(b_z, o_m, o_n, top, tau, c):
+    """u of a tile on the diagonal (see _above), 0 where key o_n comes after query o_m.
+
+    In floating point, at full rate, and hidden from compilers, which would keep comparisons for the next time.
+    """
+    b_after, b_8 = (o_m + 1).to(gl.float32)[:, None] - (o_n & 7).to(gl.float32)[None, :], (o_n & -8).to(gl.float32)
+    return gl.inline_asm_elementwise(
+        "{ .reg .f32 w; sub.rn.sat.f32 w, $4, $5; fma.rn.sat.f32 $0, $1, $2, $3; mul.rn.f32 $0, $0, w; }",
+        "=f,f,f,f,f,f", [b_z, c, -(top * c + tau), b_after, b_8[None, :]], gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def _by_rows(x, row: gl.constexpr):
     """Sums of 8 parts of each row -> of the rows, where each thread has what it needs of them."""
     return gl.convert_layout(gl.sum(x, 1), row, assert_trivial=True)
@@ -129,9 +150,7 @@ def _forward(
 
     own = gl.allocate_shared_memory(dtype, [2] + t_q.block_type.shape, t_q.layout)  # queries and keys of the diagonal
     ring = gl.allocate_shared_memory(dtype, [SLOTS] + t_q.block_type.shape, t_q.layout)
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS + 1, 1], mbarrier.MBarrierLayout())  # the last: of own
-    for slot in gl.static_range(SLOTS + 1):
-        mbarrier.init(full.index(slot), count=1)
+    full = make_barriers(SLOTS + 1)  # the last: of own
     fence_async_shared()
     mbarrier.expect(full.index(SLOTS), 2 * t_q.block_type.nbytes)
     load(t_q, [head[0], head[1], i_q * TILE, 0], full.index(SLOTS), own.index(0))
@@ -188,7 +207,7 @@ def _forward(
         new_top = gl.convert_layout(_max(top_8), row, assert_trivial=True)
         new_total, new_lower = _unscaled(_by_rows(total_8, row), _by_rows(lower_8, row), R, EXACT)
         top, floor, most, total, lower = _rise(
-            top, floor, zero + 1, most, total, lower, new_top, new_total, new_lower, c, alpha, r, R, EXACT
+            top, floor, most, total, lower, new_top, new_total, new_lower, c, alpha, r, R, EXACT
         )
         word = _word(bits)
         p_place = p_list + (n_list + _ones(word & ((1 << o_32) - 1)))
@@ -201,12 +220,12 @@ def _forward(
     floor, ceiling = _bounds(floor, o_q, T, alpha, R)
     tau = gl.maximum(gl.minimum(_guess(floor, total, lower, r, R, EXACT), ceiling), floor)
     tolerance: gl.constexpr = _tolerance(dtype)
-    go, number = gl.to_tensor(1), i_q + 0
+    go, number = gl.to_tensor(1), i_q
     while go > 0:
         for first in gl.static_range(AHEAD):
             _fetch(t_k, head, _listed(p_list, first, n_list), ring, full, number + first, first < n_list)
         b_z = warpgroup_mma_wait(0, deps=(_scores(b_q, s_k, b_unused),))
-        b_u = _above_causal(b_z, o_m, o_n, top[:, None], tau[:, None], c, EXACT)
+        b_u = _above_causal(b_z, o_m, o_n, top[:, None], tau[:, None], c)
         b_z = _scores(b_q, _arrived(ring, full, number, n_list > 0), b_unused)
         b_p, b_lower = _powers(b_u, r, R)
         total_8, lower_8 = tl.sum(_parts(b_p), 1), tl.sum(_parts(b_lower), 1)
@@ -234,7 +253,7 @@ def _forward(
     _fetch(t_v, head, j, ring, full, number + 2, n_list > 0)
     _fetch(t_k, head, next_j, ring, full, number + 3, n_list > 1)
     b_z = warpgroup_mma_wait(0, deps=(_scores(s_q, s_k, b_unused),))
-    b_p = _powers(_above_causal(b_z, o_m, o_n, top[:, None], tau[:, None], c, EXACT), r, R)[0]
+    b_p = _powers(_above_causal(b_z, o_m, o_n, top[:, None], tau[:, None], c), r, R)[0]
     total_8, b_o = tl.sum(_parts(b_p), 1), gl.zeros([TILE, BD], gl.float32, output)
     b_p = gl.convert_layout(b_p.to(dtype), weights)
     b_o = warpgroup_mma(b_p, _arrived(ring, full, number, True), b_o, use_acc=False, is_async=True)

@@ -247,19 +247,6 @@ def _above(b_z, top, tau, c, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _above_causal(b_z, o_m, o_n, top, tau, c, EXACT: tl.constexpr):
-    """u of a tile on the diagonal, 0 where key o_n comes after query o_m."""
-    if EXACT or INTERPRETED:
-        return tl.where(o_m[:, None] >= o_n[None, :], _above(b_z, top, tau, c, EXACT), 0.0)
-    else:  # in floating point, at full rate, and hidden from compilers, which would keep comparisons for the next time
-        b_after, b_8 = (o_m + 1).to(tl.float32)[:, None] - (o_n & 7).to(tl.float32)[None, :], (o_n & -8).to(tl.float32)
-        return tl.inline_asm_elementwise(
-            "{ .reg .f32 w; sub.rn.sat.f32 w, $4, $5; fma.rn.sat.f32 $0, $1, $2, $3; mul.rn.f32 $0, $0, w; }",
-            "=f,f,f,f,f,f", [b_z, c, -(top * c + tau), b_after, b_8[None, :]], tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
 def _above_any(b_z, top, tau, c, R: tl.constexpr, EXACT: tl.constexpr):
     """u where top need not be the maximum; for R = 1 and 2 without EXACT, u / LIMIT, at most 1."""
     if EXACT:
@@ -417,18 +404,18 @@ def _rise_first(floor, total, lower, alpha, r, R: tl.constexpr, EXACT: tl.conste
 
 @triton.jit
 def _rise(
-    top, floor, least, most, total, lower, new_top, new_total, new_lower, c, alpha, r,
+    top, floor, most, total, lower, new_top, new_total, new_lower, c, alpha, r,
     R: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Raise the floor under tau, given the maximum of some more keys and, at the present floor, their sums.
 
-    Of the keys before, least <= sum u^r and most >= sum u^(r - 1). Newton's step from below the root does not pass it,
+    Of the keys before, 1 <= sum u^r and most >= sum u^(r - 1). Newton's step from below the root does not pass it,
     nor does it with such bounds for the sums. total and lower, estimates of the sums, follow.
     """
     both = _larger(top, new_top)
     new_floor = floor - (both - top) * c
     far = new_floor < -LIMIT  # maxima far above what was: u may have saturated
-    _, step = _newton(least + new_total, most + new_lower, alpha, R, EXACT)
+    _, step = _newton(1 + new_total, most + new_lower, alpha, R, EXACT)
     f = _nearer(new_floor, step, far, EXACT)
     old_f = tl.maximum(1 - new_floor * _inverse(floor, EXACT) * (1 - f), 1e-6)
     # each u, at most the distance to the maximum, shrinks by f or more; from far away to 1 or less, of up to 1e6 keys
@@ -487,8 +474,7 @@ def _forward(
     p_list += (i_bh * n + i_q) * n
     p_map += (i_bh * n + i_q) * n * (TILE // 16)
     alpha, r, c = _parameters(p_alpha, scale, R)
-    o_m = tl.arange(0, TILE)
-    o_q = i_q * TILE + o_m
+    o_q = i_q * TILE + tl.arange(0, TILE)
     o_32 = tl.arange(0, 32)
     b_q = _load_last(p_q, s_t, i_q, T, D, BD, TILE)
     for start in range(0, n * (TILE // 16), 128):  # nothing has support until it is found
@@ -528,7 +514,7 @@ def _forward(
             bits |= _marks(p_8) << i
         new_total, new_lower = _unscaled(tl.sum(total_8, 1), tl.sum(lower_8, 1), R, EXACT)
         top, floor, most, total, lower = _rise(
-            top, floor, zero + 1, most, total, lower, _max(top_8), new_total, new_lower, c, alpha, r, R, EXACT
+            top, floor, most, total, lower, _max(top_8), new_total, new_lower, c, alpha, r, R, EXACT
         )
         word = _word(bits)
         p_place = p_list + (n_list + _ones(word & ((1 << o_32) - 1)))
@@ -548,8 +534,8 @@ def _forward(
             b_z = _dot(b_q, tl.trans(_load(p_k, s_t, j, D, BD, TILE)), None)
             b_p, b_lower = _powers(_above(b_z, top[:, None], tau[:, None], c, EXACT), r, R)
             total_8, lower_8 = total_8 + tl.sum(_parts(b_p), 1), lower_8 + tl.sum(_parts(b_lower), 1)
-        b_z = _dot(b_q, tl.trans(_load_last(p_k, s_t, i_q, T, D, BD, TILE)), None)
-        b_p, b_lower = _powers(_above_causal(b_z, o_m, o_m, top[:, None], tau[:, None], c, EXACT), r, R)
+        b_z = _causal(_dot(b_q, tl.trans(_load_last(p_k, s_t, i_q, T, D, BD, TILE)), None), o_q, i_q)
+        b_p, b_lower = _powers(_above(b_z, top[:, None], tau[:, None], c, EXACT), r, R)
         total = tl.sum(total_8 + tl.sum(_parts(b_p), 1), 1)
         lower = tl.sum(lower_8 + tl.sum(_parts(b_lower), 1), 1)
         new_tau, unsettled = _next_tau(tau, total, lower, floor, ceiling, go, tolerance, alpha, r, R, EXACT)
@@ -571,8 +557,8 @@ def _forward(
             p_8 = tl.sum(_parts(b_p), 1)
             total_8 += p_8
             _store_words(p_words + j * (TILE // 16), _support(b_p, p_8, _places(TILE), GROUP, EXACT) | -nan)
-    b_z = _dot(b_q, tl.trans(_load_last(p_k, s_t, i_q, T, D, BD, TILE)), None)
-    b_p = _powers(_above_causal(b_z, o_m, o_m, top[:, None], tau[:, None], c, EXACT), r, R)[0]
+    b_z = _causal(_dot(b_q, tl.trans(_load_last(p_k, s_t, i_q, T, D, BD, TILE)), None), o_q, i_q)
+    b_p = _powers(_above(b_z, top[:, None], tau[:, None], c, EXACT), r, R)[0]
     b_v = _load_last(p_v, s_t, i_q, T, D, BD, TILE)
     b_o = _dot(b_p.to(b_v.dtype), b_v, b_o)
 
@@ -975,16 +961,13 @@ def _on_hopper(q, k, v):
     return q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0) and _copy_engine_takes(q, k, v)
 
 
-def _copy_engine_takes(*tensors):
-    """Whether they are (B, H, T, D) of 16 bits, D up to 64, where rows begin at multiples of 16 bytes, nothing is
-    expanded, and no row begins before the end of another.
+def _copy_engine_takes(q, k, v):
+    """Whether these, of the same strides (see _readable), have 16 bits, D up to 64 and rows that begin at multiples of
+    16 bytes; nothing is expanded, and no row begins before the end of another.
     """
-
-    def takes(x):
-        apart = x.stride(2) >= x.shape[3] and all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:3])
-        return x.element_size() == 2 and x.shape[3] <= 64 and x.shape[3] % 8 == x.data_ptr() % 16 == 0 and apart
-
-    return all(map(takes, tensors))
+    D, strides = q.shape[3], q.stride()[:3]
+    whole = D % 8 == 0 and all(x % 8 == 0 for x in strides) and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
+    return q.element_size() == 2 and D <= 64 and whole and min(strides) > 0 and strides[2] >= D
 
 
 @torch.library.register_fake("adasplash::entmax")

@@ -420,8 +420,8 @@ def test_forward_compiles_for_hopper():
 
 
 def unguarded_copies(ptx):
-    """How many copies into shared memory there are, and those that some path reaches from a wait for the tensor cores,
-    which holds for one warp, without a barrier for all: by PTX, as instructions and labels."""
+    """How many copies into shared memory the PTX has, and where those are to which a path leads from a wait for the
+    tensor cores, which is for one warp, without a barrier for all."""
     kinds = r"bar\.sync|wgmma\.wait_group|cp\.async\.bulk\.tensor\.4d\.shared|ret;"
     found = [
         re.search(rf"^\s*(\$L__BB\w+):|(@\S+\s+)?bra(?:\.uni)?\s+(\$L__BB\w+)|({kinds})", x) for x in ptx.splitlines()
@@ -473,19 +473,20 @@ def compile_forward_for_hopper():
 def test_what_the_copy_engine_takes():
     """Views of packed tensors, at whole 16 bytes, whose rows and heads lie apart from each other."""
     pytest.importorskip("triton")
-    from adasplash_kernels.kernels import _copy_engine_takes
+    from adasplash_kernels.kernels import _copy_engine_takes as takes
 
     x = torch.empty(2, 4, 3, 100, 80, dtype=torch.bfloat16)
     base = -x.data_ptr() // 2 % 8  # elements to the next 16 bytes
     for first in range(16):
-        assert _copy_engine_takes(*x[..., first : first + 64].unbind(2)) == ((first - base) % 8 == 0)
-    aligned = x[..., base : base + 64]
-    assert _copy_engine_takes(aligned[:1, :1, 0], aligned[..., :1, :][:, :, 0])
-    assert not _copy_engine_takes(aligned[:1, :, 0].expand(2, 4, 100, 64))
-    assert not _copy_engine_takes(aligned[:, :, 0].as_strided((2, 4, 90, 64), (96000, 24000, 8, 1)))  # rows overlap
-    assert not _copy_engine_takes(torch.empty(2, 4, 3, 100, 66, dtype=torch.bfloat16)[:, :, 0, :, :64])
-    assert not _copy_engine_takes(aligned[:, :, 0, :, :20]) and not _copy_engine_takes(x[:, :, 0])
-    assert not _copy_engine_takes(torch.empty(2, 4, 100, 64))
+        assert takes(*x[..., first : first + 64].unbind(2)) == ((first - base) % 8 == 0)
+    q, k, v = x[..., base : base + 64].unbind(2)
+    assert takes(q[:1, :1], k[:1, :1], v[:1, :1]) and takes(q[:, :, :1], k[:, :, :1], v[:, :, :1])
+    assert not takes(q, k, v[..., 4:])  # v alone begins elsewhere
+    assert not takes(*(y[:1].expand(2, 4, 100, 64) for y in (q, k, v)))
+    assert not takes(*(y.as_strided((2, 4, 90, 64), (96000, 24000, 8, 1)) for y in (q, k, v)))  # rows overlap
+    assert not takes(*torch.empty(3, 2, 4, 100, 66, dtype=torch.bfloat16)[..., :64])
+    assert not takes(q[..., :20], k[..., :20], v[..., :20]) and not takes(*x.unbind(2))
+    assert not takes(*torch.empty(3, 2, 4, 100, 64))
 
 
 # -----------------------------------------------------------------------------
