@@ -31,8 +31,8 @@ def patch_language_once():
     patch, patched = interpreter._patch_lang, set()
 
     def patch_once(function):
-        found = {name for name in ("tl", "core") if function.__globals__.get(name) in (language, language.core)}
-        if found <= patched:
+        found = {x for x in function.__globals__.values() if x is language or x is language.core}
+        if found and found <= patched:
             return None  # by a function's call, which does not restore
         scope = patch(function)
         restore, first = scope.restore, not patched
