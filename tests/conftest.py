@@ -78,7 +78,8 @@ def flags(shards):
 
 @pytest.fixture
 def start(tmp_path):
-    """Start one of the project's programs in a process of its own, in a folder of its own."""
+    """Start one of the project's programs in a process of its own, in a folder of its own. It ends with the test."""
+    started = []
 
     def popen(script, *args, ranks=1, **kwargs):
         launch = [sys.executable]
@@ -87,9 +88,12 @@ def start(tmp_path):
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | kwargs.pop("env", {})
         command = [*launch, str(ROOT / script), *map(str, args)]
         kwargs = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | kwargs
-        return subprocess.Popen(command, cwd=tmp_path, env=environment, **kwargs)
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, **kwargs))
+        return started[-1]
 
-    return popen
+    yield popen
+    for process in started:
+        process.kill()
 
 
 @pytest.fixture

@@ -31,6 +31,19 @@ from cli import Failure
 from data.shards import BatchOrder, TokenStream, training_batches, write_shard
 from train_gpt2 import main, z_score
 
+# A run whose first micro-batch has no end. A signal that comes just before a sleep is noted after it: so it is short.
+ENDLESS = """
+import time
+import cli, train_gpt2
+
+def endless(*_):
+    while True:
+        time.sleep(0.05)
+
+train_gpt2.add_gradients = endless
+cli.run(train_gpt2.main)
+"""
+
 # A run that writes slowly: kills then fall inside checkpoint writes too.
 SLOW_WRITES = """
 import sys, time
@@ -101,28 +114,25 @@ def steps_logged(run_dir):
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(25, marks=pytest.mark.slow)])
-def test_killed_anywhere(undisturbed, flags, tmp_path, kills):
+def test_killed_anywhere(undisturbed, start, flags, tmp_path, kills):
     """SIGKILL at random moments; among them, by way of slow writes, in the middle of a checkpoint."""
     draw, in_write = random.Random(kills), 0
     run_dir = tmp_path / "killed"
-    command = [sys.executable, "-c", SLOW_WRITES, *flags, "--max_steps=12", f"--run_dir={run_dir}", "--resume=auto"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-    def start():
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
+    (tmp_path / "slow.py").write_text(SLOW_WRITES)
+    command = [tmp_path / "slow.py", *flags, "--max_steps=12", "--run_dir=killed", "--resume=auto"]
+    environment = {"PYTHONPATH": str(ROOT)}
 
     def log_time():
         return (run_dir / "log.jsonl").stat().st_mtime_ns if (run_dir / "log.jsonl").exists() else 0
 
     for _ in range(kills):
-        before, process = log_time(), start()
+        before, process = log_time(), start(*command, env=environment)
         wait_until(lambda before=before: log_time() > before, process)  # most of the start is imports
         time.sleep(draw.uniform(0, 1.5))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         in_write += any(run_dir.glob("checkpoint_*.tmp"))
-    process = start()
+    process = start(*command, env=environment)
     err = process.communicate()[1].decode()
     assert process.returncode == 0, err
     assert_same_run(run_dir, undisturbed)
@@ -142,10 +152,8 @@ def test_a_signal_stops_in_order(undisturbed, start, run, flags, tmp_path, name)
     process = start(*command)
     wait_until(lambda: steps_logged(tmp_path / "stopped") >= 3, process)
     process.send_signal(getattr(signal, name))
-    began = time.monotonic()
     err = process.communicate()[1].decode()
     assert process.returncode == 0 and f"stopped by {name}" in err, err
-    assert time.monotonic() - began < 10
     step = max(checkpoints(tmp_path / "stopped"))
     assert f"after step {step}" in err
     code, _, err = run(*command)
@@ -230,17 +238,13 @@ def test_the_output_finds_no_room(start, flags, tmp_path):
     assert "the output or a temporary file cannot be written (No space left on device)" in err, err
 
 
-def test_a_second_interrupt_leaves_at_once(flags, tmp_path):
-    """In a micro-batch without end."""
-    endless = "train_gpt2.add_gradients = lambda *_: time.sleep(600)"
-    code = f"import time, cli, train_gpt2; {endless}; cli.run(train_gpt2.main)"
-    command = [sys.executable, "-c", code, *flags, f"--run_dir={tmp_path / 'slow'}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    log = tmp_path / "slow" / "log.jsonl"
+def test_a_second_interrupt_leaves_at_once(start, flags, tmp_path):
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    process = start(tmp_path / "endless.py", *flags, "--run_dir=run", env={"PYTHONPATH": str(ROOT)})
+    log = tmp_path / "run" / "log.jsonl"
     wait_until(lambda: log.exists() and "val_loss" in log.read_text(), process)
     process.send_signal(signal.SIGINT)
-    time.sleep(1)
+    time.sleep(2)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
@@ -499,16 +503,14 @@ def test_a_folder_is_one_process_alone(start, run, flags, tmp_path):
 
 
 def test_training_waits_for_the_copy_alone(tmp_path, monkeypatch):
-    def slow(*_):
-        time.sleep(1)
-
-    monkeypatch.setattr(checkpoint.os, "fsync", slow)
+    disk = threading.Event()
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda _: disk.wait(60))
     weights = torch.zeros(1000)
     writer = checkpoint.Writer(tmp_path, 0)
-    began = time.monotonic()
     writer.write(checkpoint.copied({"step": 1, "model": {"w": weights}, "lists": [{"x": weights, "n": 3}]}))
+    assert not (tmp_path / "checkpoint_1").exists()
     weights += 1  # training goes on
-    assert time.monotonic() - began < 0.5
+    disk.set()
     writer.finish()
     state = torch.load(tmp_path / "checkpoint_1", weights_only=True)
     assert not state["model"]["w"].any() and not state["lists"][0]["x"].any() and state["lists"][0]["n"] == 3
