@@ -29,7 +29,7 @@ def causal_entmax_attention(q, k, v, alpha=1.5, scale=None):
     alpha: 1 is softmax, as is a number below 1.00001; 2 is sparsemax. A number, or a one-element float32 tensor on q's
         device from there to 2: the host never reads that, so a compiled or captured model follows as it changes.
     scale: of the scores q.k, positive; 1 / sqrt(D) by default.
-    Returns (B, H, R, D) in q's dtype, in memory (B, R, H, D). Differentiable once with respect to q, k and v.
+    Returns (B, H, R, D) in q's dtype, for entmax in memory (B, R, H, D). Differentiable once, with respect to q, k, v.
     Raises TypeError for a wrong dtype or device and ValueError for a wrong shape, alpha or scale.
     """
     _check(q, k, v, alpha, scale)
@@ -44,7 +44,7 @@ def causal_entmax_attention_qkvpacked(qkv, alpha=1.5, scale=None):
     """The same with q, k and v = qkv[:, :, 0], 1 and 2, whose gradient then is one tensor, too, and not put together.
 
     qkv: (B, T, 3, H, D), what one projection gives for all; dtypes, alpha, scale and errors are as above.
-    Returns (B, H, T, D), in memory (B, T, H, D).
+    Returns (B, H, T, D), for entmax in memory (B, T, H, D).
     """
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"got qkv {tuple(qkv.shape)}; takes (B, T, 3, H, D)")
@@ -91,6 +91,8 @@ def _check(q, k, v, alpha, scale):
         if alpha.numel() != 1 or alpha.dtype != torch.float32 or alpha.device != q.device:
             got = f"{tuple(alpha.shape)} {alpha.dtype} on {alpha.device}"
             raise TypeError(f"got alpha {got}; takes a number, or one float32 element on {q.device}")
+        if alpha.requires_grad and torch.is_grad_enabled():
+            raise ValueError("got an alpha that requires a gradient, which there is none for; detach it")
     elif not 1 <= alpha <= 2:
         raise ValueError(f"got alpha = {alpha}; takes 1 (softmax) to 2 (sparsemax)")
     if scale is not None and not 0 < scale < math.inf:

@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from adasplash_kernels.reference import heads_last, operator
+from adasplash_kernels.reference import heads_last, operator, refuse_second_derivative
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # Triton runs on CPU tensors, in Python
 NAN = tl.constexpr(tl.PropagateNan.ALL)
@@ -866,9 +866,9 @@ def _strides(x, name=""):
 
 
 def _readable(*tensors):
-    """The tensors, copied unless all have the same strides, the elements of a row together, and 32 bits reach them."""
+    """The tensors, copied unless all have the same strides, the elements of a row together, and 31 bits reach them."""
     strides = [x.stride() for x in tensors]
-    near = all(x == strides[0] and x[3] == 1 for x in strides) and tensors[0].shape[2] * strides[0][2] < 2**32
+    near = all(x == strides[0] and x[3] == 1 for x in strides) and tensors[0].shape[2] * strides[0][2] < 2**31
     return tensors if near else [x.contiguous() for x in tensors]
 
 
@@ -958,16 +958,18 @@ def _gradient_like(q):
 
 def _on_hopper(q, k, v):
     """Whether forward_hopper.py takes them."""
-    return q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0) and _copy_engine_takes(q, k, v)
+    on_hopper = q.is_cuda and not INTERPRETED.value and torch.cuda.get_device_capability(q.device) == (9, 0)
+    return on_hopper and _copy_engine_takes(q, k, v)
 
 
 def _copy_engine_takes(q, k, v):
-    """Whether these, of the same strides (see _readable), have 16 bits, D up to 64 and rows that begin at multiples of
-    16 bytes; nothing is expanded, and no row begins before the end of another.
+    """Whether these have 16 bits, D up to 64 and rows that begin at multiples of 16 bytes; nothing is expanded, and no
+    row begins before the end of another.
     """
-    D, strides = q.shape[3], q.stride()[:3]
+    # each its own: a copy keeps the stride of a dimension of one element
+    D, strides = q.shape[3], [s for x in (q, k, v) for s in x.stride()[:3]]
     whole = D % 8 == 0 and all(x % 8 == 0 for x in strides) and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
-    return q.element_size() == 2 and D <= 64 and whole and min(strides) > 0 and strides[2] >= D
+    return q.element_size() == 2 and D <= 64 and whole and min(strides) > 0 and min(strides[2::3]) >= D
 
 
 @torch.library.register_fake("adasplash::entmax")
@@ -1003,3 +1005,4 @@ def _backward_packed(ctx, dout, *_):
 
 torch.library.register_autograd("adasplash::entmax", _backward, setup_context=_setup_context)
 torch.library.register_autograd("adasplash::entmax_packed", _backward_packed, setup_context=_setup_context)
+torch.library.register_autograd("adasplash::entmax_backward", refuse_second_derivative)

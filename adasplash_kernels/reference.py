@@ -168,7 +168,12 @@ def _backward(ctx, dout, *_):
     return *entmax_reference_backward(dout, *saved, alpha, ctx.r, ctx.scale), None, None, None
 
 
+def refuse_second_derivative(ctx, *_):
+    raise NotImplementedError("causal_entmax_attention is differentiable once")
+
+
 torch.library.register_autograd("adasplash::entmax_reference", _backward, setup_context=_setup_context)
+torch.library.register_autograd("adasplash::entmax_reference_backward", refuse_second_derivative)
 
 
 def _merge(x):

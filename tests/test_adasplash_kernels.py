@@ -348,6 +348,7 @@ def test_wrong_arguments():
         ((q, k, v, 3), ValueError, "3"),
         ((q, k, v, math.nan), ValueError, "nan"),
         ((q, k, v, torch.tensor([1.2, 1.3])), TypeError, "alpha"),
+        ((q, k, v, torch.tensor([1.2], requires_grad=True)), ValueError, "alpha"),
         ((q, k, v, 1.5, -1.0), ValueError, "scale"),
     ]:
         with pytest.raises(error_type, match=words):
@@ -357,7 +358,7 @@ def test_wrong_arguments():
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="is the interpreter run")
 def test_kernels_in_the_interpreter():
     """The tests above again, small, in a process where CPU tensors go to the kernels."""
-    chosen = "half or extreme or nan or one_key or alpha or sum or same_bits or opcheck or visited or strides"
+    chosen = "half or extreme or nan or one_key or alpha or sum or same_bits or opcheck or visited or strides or second"
     run_in_interpreter(__file__, f"{chosen} or 63-20-1.5 or 63-20-1.25")
 
 
@@ -482,6 +483,9 @@ def test_what_the_copy_engine_takes():
     q, k, v = x[..., base : base + 64].unbind(2)
     assert takes(q[:1, :1], k[:1, :1], v[:1, :1]) and takes(q[:, :, :1], k[:, :, :1], v[:, :, :1])
     assert not takes(q, k, v[..., 4:])  # v alone begins elsewhere
+    own = torch.empty(1, 4, 100, 64, dtype=torch.bfloat16)
+    others = own.as_strided(own.shape, (25604, 6400, 64, 1))  # to PyTorch, contiguous
+    assert others.is_contiguous() and takes(own, own, own) and not takes(own, others, others)
     assert not takes(*(y[:1].expand(2, 4, 100, 64) for y in (q, k, v)))
     assert not takes(*(y.as_strided((2, 4, 90, 64), (96000, 24000, 8, 1)) for y in (q, k, v)))  # rows overlap
     assert not takes(*torch.empty(3, 2, 4, 100, 66, dtype=torch.bfloat16)[..., :64])
@@ -510,6 +514,23 @@ def test_strides_may_differ():
     apart = torch.stack((v, v), -1)[..., 0]
     for x, y in zip(run(q, heads_last[0], apart, heads_last[1], 1.5), expected, strict=True):
         assert torch.equal(x, y)
+
+
+def test_rows_beyond_31_bits_are_copied():
+    pytest.importorskip("triton")
+    from adasplash_kernels.kernels import _readable
+
+    for stride, copied in ((2**25, False), (2**26, True)):
+        x = torch.empty_strided((1, 1, 63, 8), (0, 0, stride, 1), device="meta")
+        assert all((y.stride(2) == 8) == copied for y in _readable(x, x, x))
+
+
+def test_a_second_derivative_is_refused():
+    qkv = torch.randn(1, 9, 3, 2, 16, requires_grad=True)
+    for out in (causal_entmax_attention_qkvpacked(qkv), causal_entmax_attention(*qkv.permute(2, 0, 3, 1, 4))):
+        (grad,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+        with pytest.raises(NotImplementedError, match="differentiable once"):
+            grad.square().sum().backward()
 
 
 def test_opcheck():
