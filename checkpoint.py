@@ -52,10 +52,12 @@ def save(state, run_dir, keep=0):
         disk = error if isinstance(error, OSError) else error.__context__
         reason = disk.strerror if isinstance(disk, OSError) else f"{str(error).splitlines()[0]}: is the disk full?"
         raise Failure(f"{path}: cannot be written ({reason})") from error
-    if keep:
-        for old in list(checkpoints(run_dir).values())[:-keep]:
+    for old in list(checkpoints(run_dir).values())[:-keep] if keep else []:
+        try:
             if old != path:  # which steps without effect may have followed
-                old.unlink()
+                old.unlink(missing_ok=True)
+        except OSError as error:
+            notice(f"{old}: cannot be deleted ({error.strerror})")
 
 
 def copy(path, to):

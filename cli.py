@@ -62,6 +62,10 @@ def explain_memory(error, advice):
 
 def run(main):
     """Call main() and leave with the exit code; a UserError or Failure becomes one line on stderr."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, open(os.devnull, "w"))
+    sys.stdout.reconfigure(errors="replace")  # not all encodings have all characters of a sample
     try:
         try:
             main()

@@ -103,7 +103,8 @@ def read_run(path, name):
         hours += (record.get("step_ms", 0) + record.get("val_ms", 0)) / 3.6e6
         if "val_loss" in record:
             tokens = record["step"] * config.batch_size * config.sequence_length
-            validations.append(Validation(record["step"], tokens, hours, record["val_loss"]))
+            loss = math.nan if record["val_loss"] is None else record["val_loss"]
+            validations.append(Validation(record["step"], tokens, hours, loss))
     start = next((r for r in reversed(records) if r.get("event") in ("start", "resume")), {})
     evaluation = read_evaluation(path, validations[-1]) if validations else None
     return Run(path, name, config, records, validations, start, evaluation)

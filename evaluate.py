@@ -28,6 +28,7 @@ from train_gpt2 import (
     add_fields,
     answer_hellaswag,
     check_fits,
+    check_tokens,
     parse_value,
     saved_config,
     start_machine,
@@ -135,6 +136,7 @@ def main(argv=None):
     if settings["val_data"] == python_stdlib.FOLDER:
         machine.from_rank_0(python_stdlib.make_shards)
     stream = TokenStream(find_shards(settings["val_data"], "val", "val_data"), T, vocab_size, settings["shard_format"])
+    check_tokens(stream, settings["tokenizer"])
     questions = None
     if given.get("hellaswag"):
         path = machine.from_rank_0(lambda: hellaswag.find(given["hellaswag"]))
@@ -149,8 +151,9 @@ def main(argv=None):
         raise
     seconds = time.perf_counter() - began
     result = {} if step is None else {"step": step}
-    result |= {"val_loss": loss, "val_tokens": windows * T, "val_ms": 1e3 * seconds}
-    text = f"validation loss {loss:.4f} nats a token (perplexity {math.exp(loss):.2f}) on {windows * T:,} tokens"
+    result |= {"val_loss": loss if math.isfinite(loss) else None, "val_tokens": windows * T, "val_ms": 1e3 * seconds}
+    perplexity = math.inf if loss > 700 else math.exp(loss)
+    text = f"validation loss {loss:.4f} nats a token (perplexity {perplexity:.2f}) on {windows * T:,} tokens"
     if questions:
         began = time.perf_counter()
         right = answer_hellaswag(model, questions, settings["micro_batch_size"] * T, machine, quiet=False)

@@ -97,7 +97,7 @@ class Config:
     dtype: str = option("bfloat16", "of activations on CUDA, elsewhere float32", choices=("float32", "bfloat16"))
     compile: bool = option(False, "torch.compile the model")
     deterministic: bool = option(False, "on CUDA: the same bits from the same command, at some cost in speed")
-    resume: str = option("never", "never, auto (the newest sound checkpoint of run_dir), or a checkpoint's path")
+    resume: str = option("never", "never, auto (run_dir's newest sound one), or a checkpoint; later ones are deleted")
     init_from: str = option("", "start from a Hugging Face GPT-2, a folder or a hub name, which also sets the size")
 
 
@@ -163,7 +163,8 @@ def add_fields(parser, names, defaults=None):
         f = Config.__dataclass_fields__[name]
         choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
         default = f" [{json.dumps(defaults[name])}]" if defaults else ""
-        parser.add_argument(f"--{name}", metavar=f.type.__name__.upper(), help=f.metadata["help"] + choices + default)
+        help = (f.metadata["help"] + choices + default).replace("%", "%%")  # argparse formats it
+        parser.add_argument(f"--{name}", metavar=f.type.__name__.upper(), help=help)
 
 
 def parse_config(argv=None):
@@ -425,7 +426,8 @@ class RunLog:
         self.path, self.file = path, open(path, "a")
 
     def write(self, step, **values):
-        """Raises Failure if the disk takes no more."""
+        """NaN and infinity, which JSON has not, become null. Raises Failure if the disk takes no more."""
+        values = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in values.items()}
         try:
             if not self.path.exists():
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -559,11 +561,12 @@ def open_run(config, resumed, run_dir, step, evaluated):
     """Write the run's config.toml, and cut its log and later checkpoints back to `step`. Raises UserError.
 
     A checkpoint of another run is copied there first, so that this one can go on from it again. A log that is damaged,
-    or of another run, is kept under another name.
+    or of another run, or of later checkpoints, is kept under another name.
     evaluated: whether all evaluations of that step are done, and stay in the log.
     """
     log, text = run_dir / "log.jsonl", to_toml(config, without=("run_dir", "resume"))
     fork = resumed and resumed.parent.resolve() != run_dir.resolve()
+    later = [path for number, path in checkpoint.checkpoints(run_dir).items() if number > step]
     try:
         if resumed and resumed.exists():  # its own run may have deleted it by now
             checkpoint.copy(resumed, run_dir / f"checkpoint_{step}")
@@ -571,7 +574,7 @@ def open_run(config, resumed, run_dir, step, evaluated):
             temporary.write_text(text, encoding="utf-8")
         source = resumed.parent / "log.jsonl" if resumed else log
         there, damaged = read_log(source) if source.exists() else ([], None)
-        if damaged or not resumed and any("train_loss" in record for record in there):
+        if damaged or there and later or not resumed and any("train_loss" in record for record in there):
             old = run_dir / f"log-{datetime.now():%Y%m%d-%H%M%S}.jsonl"
             shutil.copyfile(source, old)
             notice(f"{source} as it was{f', damaged in line {damaged},' if damaged else ''} is kept as {old}")
@@ -583,14 +586,13 @@ def open_run(config, resumed, run_dir, step, evaluated):
         stale = [] if resumed else ["evaluation.npz", "sparsity.json"]  # compare.py takes them for this run's
         for path in [*run_dir.glob("checkpoint_*.tmp"), *(run_dir / name for name in stale)]:
             path.unlink(missing_ok=True)
+        for path in later:
+            path.unlink()
+            notice(f"deleted {path}: the run goes on from step {step}")
     except OSError as error:
         for name in (f"checkpoint_{step}", "config.toml", "log.jsonl") if fork else ():
             (run_dir / name).unlink(missing_ok=True)
         raise UserError(f"--run_dir {run_dir}: cannot be written ({error.strerror})") from error
-    for later, path in checkpoint.checkpoints(run_dir).items():
-        if later > step:
-            notice(f"deleted {path}: the run goes on from step {step}")
-            path.unlink()
     print(f"# {run_dir}/config.toml\n{text}", flush=True)
 
 
@@ -699,6 +701,12 @@ def check_fits(model, tokenizer, sequence_length):
         raise UserError(f"tokenizer {tokenizer} has {VOCAB_SIZE[tokenizer]} ids, the model {vocab_size}")
     if sequence_length > n_positions:
         raise UserError(f"sequence_length {sequence_length} is longer than the model's {n_positions} positions")
+
+
+def check_tokens(stream, tokenizer):
+    """Refuse shards of bytes for another tokenizer, whose vocabulary has all their ids."""
+    if tokenizer != "bytes" and stream.shards[0][:1_000_000].max() < VOCAB_SIZE["bytes"]:
+        raise UserError(f"tokenizer {tokenizer}: {stream.paths[0]} holds bytes, use --tokenizer bytes")
 
 
 def validation_windows(stream, tokens, quiet):
@@ -826,9 +834,8 @@ def train(config, stop, claims):
         model = GPT(GPTConfig(n_layer, n_head, n_embd, T, vocab_size, config.attention, config.alpha))
         model.init_weights(torch.Generator().manual_seed(config.seed), config.qk_init_scale)
     check_fits(model, config.tokenizer, T)
-    begins = train_stream.shards[0][:1_000_000]
-    if config.tokenizer != "bytes" and begins.max() < VOCAB_SIZE["bytes"]:
-        raise UserError(f"tokenizer {config.tokenizer}: {train_stream.paths[0]} holds bytes, use --tokenizer bytes")
+    for stream in (train_stream, val_stream):
+        check_tokens(stream, config.tokenizer)
     questions = None
     if config.hellaswag:
         path = machine.from_rank_0(lambda: hellaswag.find(config.hellaswag))
@@ -896,9 +903,12 @@ def train(config, stop, claims):
     event = "resume" if resumed else "start"
     log.write(start, event=event, parameters=parameters, **fingerprints, **machine_record(machine))
     document_start = END_OF_TEXT[config.tokenizer]
-    if rank == 0 and not (begins == document_start).any():
+    if rank == 0 and not (train_stream.shards[0][:1_000_000] == document_start).any():
         where = f"the first tokens of {train_stream.paths[0]}"
         notice(f"no document starts (id {document_start}) in {where}: were they made by tokenizer {config.tokenizer}?")
+    shared = {path.resolve() for path in train_stream.paths} & {path.resolve() for path in val_stream.paths}
+    if rank == 0 and shared:
+        notice(f"{min(shared)} is in train_data and in val_data: the validation loss is of text that is trained on")
     tokenizer = sampling_tokenizer(config) if rank == 0 else None
     flops_per_token, peak = 6 * parameters + 12 * width * T, peak_flops(device)  # as in the PaLM paper, appendix B
     batches = training_batches(
@@ -961,8 +971,7 @@ def train(config, stop, claims):
 
             seconds = time.perf_counter() - began
             tokens_per_s = config.batch_size * T / seconds
-            record = {"tokens": step * config.batch_size * T, "train_loss": loss if math.isfinite(loss) else None}
-            record |= {"grad_norm": grad_norm if math.isfinite(grad_norm) else None, "lr": lr}
+            record = {"tokens": step * config.batch_size * T, "train_loss": loss, "grad_norm": grad_norm, "lr": lr}
             record |= {"alpha": alpha} if config.attention == "entmax" else {}
             record |= {"step_ms": 1e3 * seconds, "tokens_per_s": tokens_per_s}
             record |= {"mfu": flops_per_token * tokens_per_s / (peak * world_size) if peak else None}

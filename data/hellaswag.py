@@ -89,9 +89,10 @@ class HellaSwag:
 
     def __init__(self, path, tokenizer, n_positions):
         """A row longer than n_positions loses the start of its context."""
-        self.fingerprint = sha256(Path(path).read_bytes()).hexdigest()[:16]
         self.rows, self.ending_tokens, self.labels = [], [], []  # of the endings: how many of their tokens count
-        for context, endings, label in read_examples(path):
+        examples = read_examples(path)
+        self.fingerprint = sha256(Path(path).read_bytes()).hexdigest()[:16]
+        for context, endings, label in examples:
             self.labels.append(label)
             context = tokenizer.encode_ordinary(context)
             for ending in map(tokenizer.encode_ordinary, endings):

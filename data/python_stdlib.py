@@ -19,7 +19,7 @@ VALIDATE_EVERY = 20  # every twentieth file is held out
 def make_shards(folder=FOLDER):
     """Write stdlib_train_000001.bin and stdlib_val_000000.bin to `folder`, unless it is there. One document a file.
 
-    Raises UserError if this Python keeps no library source on disk.
+    Raises UserError if this Python keeps no library source on disk, or the folder cannot be made.
     """
     folder = Path(folder)
     if folder.exists():
@@ -33,8 +33,13 @@ def make_shards(folder=FOLDER):
         raise UserError(f"no source of the standard library under {library}: give --train_data and --val_data instead")
     held_out = documents[::VALIDATE_EVERY]
     kept = [text for i, text in enumerate(documents) if i % VALIDATE_EVERY]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be made ({error.strerror}): start in another folder, or give --train_data and --val_data"
+        ) from error
     write_shard(temporary / "stdlib_train_000001.bin", np.concatenate(kept))
     write_shard(temporary / "stdlib_val_000000.bin", np.concatenate(held_out))
     temporary.chmod(0o755)  # mkdtemp's folders are private

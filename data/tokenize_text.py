@@ -37,6 +37,7 @@ from data.tokenizer import END_OF_TEXT, VOCAB_SIZE, encode_documents, load_token
 BLOCK = 2**20  # characters that a thread encodes at a time, and bytes read at a time
 LONGEST_LINE = 2**26  # of a .jsonl file, in characters
 LONGEST_WORD = 2**24  # in characters; no language has such words, but what is no text may
+LONGEST_GAP = 2**18  # spaces and line ends in a row (up to twice as many may pass); tiktoken fails at a million
 VAL = "text_val_000000.bin"
 JOB = "text.json"  # in the folder of the shards: what they are made from, and how far
 # GPT-2 splits text into words before it merges bytes, and a word never goes on after a space or newline that follows
@@ -56,6 +57,22 @@ def kind(path):
     return (holds, packed) if holds in ("txt", "md", "jsonl") or (holds, packed) == ("parquet", "") else None
 
 
+def files_below(folder):
+    """The files in a folder and those in it, also where these are links. Raises UserError if one cannot be read."""
+
+    def refuse(error):
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+    seen = set()
+    for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(here)) in seen:  # links may go in circles
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(here, name) for name in names)
+
+
 def find_texts(inputs):
     """The files that the command line names: files, folders with all that is in them, globs; each file once."""
     found = {}
@@ -66,7 +83,7 @@ def find_texts(inputs):
                 raise UserError(f"{name}: read are .txt, .md, .jsonl (each also .gz or .zst) and .parquet")
             paths = [path]
         else:
-            several = path.rglob("*") if path.is_dir() else map(Path, glob.glob(name, recursive=True))
+            several = files_below(path) if path.is_dir() else map(Path, glob.glob(name, recursive=True))
             paths = sorted(p for p in several if kind(p) and p.is_file())
         if not paths:
             raise UserError(f"{name}: no such file or folder, or no text in it (.txt, .md, .jsonl, .parquet)")
@@ -122,11 +139,19 @@ def pieces(path, chunks):
         searched = max(BLOCK, len(rest) - 1)
         rest += chunk
         while match := WORD_END.search(rest, searched):
-            yield starts, rest[: match.end()]
+            yield starts, without_gap(path, rest[: match.end()])
             starts, rest, searched = False, rest[match.end() :], BLOCK
         if len(rest) > LONGEST_WORD:
             raise UserError(f"{path}: {LONGEST_WORD:,} characters and no word ends: is this text?")
-    yield starts, rest
+    yield starts, without_gap(path, rest)
+
+
+def without_gap(path, text):
+    """The text, which is refused where it has nothing but spaces and line ends for too long."""
+    blocks = (text[i : i + LONGEST_GAP] for i in range(0, len(text) - LONGEST_GAP + 1, LONGEST_GAP))
+    if any(map(str.isspace, blocks)):
+        raise UserError(f"{path}: {LONGEST_GAP:,} spaces or line ends in a row: is this text?")
+    return text
 
 
 def lines(path, chunks):

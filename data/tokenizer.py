@@ -16,7 +16,7 @@ class Bytes:
     """Ids 0-255 are UTF-8 bytes, 256 starts a document."""
 
     def encode_ordinary(self, text):
-        return list(text.encode())
+        return encode_to_numpy(self, text, set()).tolist()
 
     def encode_to_numpy(self, text, allowed_special=(), disallowed_special=()):
         text = text.encode()

@@ -4,6 +4,7 @@ python -m pytest tests/test_commands.py
 """
 
 import json
+import math
 import shutil
 
 import pytest
@@ -93,6 +94,14 @@ def test_evaluate_repeats_the_runs_own_validation(runs, capsys, attention):
     assert result["val_loss"] == pytest.approx(logged["val_loss"], rel=1e-6)
     small = call(evaluate.main, capsys, "--run_dir", runs / attention, "--json", "--micro_batch_size", 3)[1]
     assert json.loads(small)["val_loss"] == pytest.approx(result["val_loss"], rel=1e-6)
+
+
+def test_losses_beyond_all_numbers(runs, capsys, monkeypatch):
+    for loss, perplexity in ((3e9, "inf"), (math.nan, "nan")):
+        monkeypatch.setattr(evaluate, "validate", lambda *_, loss=loss, **__: (loss, None))
+        code, out, err = call(evaluate.main, capsys, "--run_dir", runs / "softmax")
+        assert code == 0 and f"validation loss {loss:.4f} nats a token (perplexity {perplexity})" in out, err
+    assert json.loads(call(evaluate.main, capsys, "--run_dir", runs / "softmax", "--json")[1])["val_loss"] is None
 
 
 def test_evaluate_spreads_over_ranks(runs, run):

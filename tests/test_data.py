@@ -218,10 +218,13 @@ def test_stdlib_shards(tmp_path):
     make_shards(folder)
     assert (folder / "stdlib_val_000000.bin").stat().st_mtime_ns == written
     assert [p.name for p in folder.parent.iterdir()] == ["python_stdlib"]
+    with pytest.raises(UserError, match="cannot be made .File exists.: start in another folder"):
+        make_shards(folder / "stdlib_val_000000.bin" / "x")
 
 
 def test_bytes_tokenizer_round_trip():
     tokenizer = load_tokenizer("bytes")
     text = "naïve 日本 <|endoftext|>\n"
     assert decode(tokenizer, tokenizer.encode_ordinary(text)) == text
+    assert decode(tokenizer, tokenizer.encode_ordinary("half \ud83d a pair")) == "half \ufffd a pair"
     assert decode(tokenizer, [256, 0xFF, 65]) == "<|endoftext|>\ufffdA"

@@ -436,6 +436,21 @@ def test_an_old_checkpoint_outlives_a_failed_write(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_1"]
 
 
+def test_a_checkpoint_that_cannot_be_deleted_costs_a_line(tmp_path, monkeypatch, capsys):
+    for step in (1, 2):
+        checkpoint.save({"step": step}, tmp_path)
+
+    def unlink(path, missing_ok=False):
+        if path.name == "checkpoint_1":
+            raise PermissionError(1, "Operation not permitted")
+        os.remove(path) if path.exists() else None
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    checkpoint.save({"step": 3}, tmp_path, keep=1)
+    assert f"{tmp_path}/checkpoint_1: cannot be deleted (Operation not permitted)\n" == capsys.readouterr().err
+    assert list(checkpoints(tmp_path)) == [1, 3]
+
+
 def test_a_deleted_run_folder(start, flags, tmp_path):
     process = start("train_gpt2.py", *flags, "--max_steps=40", "--run_dir=gone")
     wait_until(lambda: steps_logged(tmp_path / "gone") >= 5, process)

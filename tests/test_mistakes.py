@@ -457,10 +457,21 @@ def test_a_pipe_that_closes_early(run, places):
     assert err.splitlines()[1:] == ["stopped: nobody reads the output any more"], err
 
 
+@pytest.mark.parametrize(
+    "code, closed, expected",
+    [("cli.say('“a”')", "", b"?a?\n"), ("print('a'), cli.say('b')", ">&-", b""), ("cli.notice('a')", ">&- 2>&-", b"")],
+)
+def test_outputs_that_know_few_characters_or_are_closed(code, closed, expected):
+    command = [sys.executable, "-c", f"import cli; cli.run(lambda: [{code}])"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *command], cwd=ROOT, env=environment, capture_output=True
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, expected, b""), result
+
+
 def test_the_wrong_tokenizer_is_refused_or_suspected(call, shards, tmp_path):
     """Byte shards have no id that GPT-2's vocabulary lacks; those of others may, or have no start of a document."""
-    code, _, err = call("train", "--max_steps=0", "--tokenizer=gpt2", f"--run_dir={tmp_path / 'bytes'}")
-    assert code == 2 and "holds bytes, use --tokenizer bytes" in err and not (tmp_path / "bytes").exists(), err
     tokens = np.random.default_rng(0).integers(30000, size=1000).astype(np.uint16)
     for name, first, suspected in (("other", 7, True), ("gpt2", 50256, False)):
         tokens[0] = first
@@ -468,3 +479,10 @@ def test_the_wrong_tokenizer_is_refused_or_suspected(call, shards, tmp_path):
         flags = [f"--train_data={tmp_path}/{name}.bin", f"--val_data={tmp_path}/{name}.bin", "--tokenizer=gpt2"]
         code, _, err = call("train", "--max_steps=0", *flags, f"--run_dir={tmp_path / name}", "--val_tokens=64")
         assert code == 0 and ("no document starts (id 50256) in the first tokens of" in err) == suspected, err
+        assert f"{tmp_path}/{name}.bin is in train_data and in val_data" in err, err
+    for split in ("train", "val"):
+        flags = [f"--train_data={tmp_path}/gpt2.bin", f"--val_data={tmp_path}/gpt2.bin", f"--{split}_data={shards}"]
+        code, _, err = call("train", "--max_steps=0", *flags, "--tokenizer=gpt2", f"--run_dir={tmp_path / 'bytes'}")
+        assert code == 2 and "holds bytes, use --tokenizer bytes" in err and not (tmp_path / "bytes").exists(), err
+    code, _, err = call("evaluate", f"--run_dir={tmp_path / 'gpt2'}", f"--val_data={shards}", "--device=cpu")
+    assert code == 2 and "holds bytes, use --tokenizer bytes" in err, err

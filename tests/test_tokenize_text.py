@@ -92,6 +92,31 @@ def test_inputs_come_in_the_order_named_and_once(texts, tmp_path, capsys):
     assert tokens(tmp_path / "out") == expected(*documents)
 
 
+def test_folders_are_read_by_way_of_links(texts, tmp_path, capsys):
+    """Each file once, though links go in circles."""
+    folder, documents = texts
+    (tmp_path / "links").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "links" / name).symlink_to(folder)
+    (folder / "b" / "back").symlink_to(tmp_path)
+    assert call(capsys, tmp_path / "links", "--out", tmp_path / "out")[0] == 0
+    assert tokens(tmp_path / "out") == expected(*documents)
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(texts, tmp_path, capsys, monkeypatch):
+    folder, _ = texts
+    scandir = os.scandir
+
+    def scan(path):
+        if str(path) == str(folder / "b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    code, err = call(capsys, folder, "--out", tmp_path / "out")
+    assert code == 2 and f"{folder / 'b'}: cannot be read (Permission denied)" in err, err
+
+
 def test_parquet(tmp_path, capsys):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow.parquet import write_table
@@ -211,6 +236,7 @@ BAD = {
     "number.jsonl": (b'{"text": 3}', "line 1: 'text' is not text"),
     "empty.txt": (b"", "no text in all"),
     "word.txt": (b"a" * (2**24 + 2), "no word ends"),
+    "gap.jsonl": (b'{"text": "a"}\n{"text": "b' + b" " * (2**19 - 1) + b'c"}', "spaces or line ends in a row"),
     "line.jsonl": (b'{"text": "' + b"a " * 2**25 + b'"}', "line 1 has over"),
     "table.csv": (b"a,b", "read are .txt"),
 }

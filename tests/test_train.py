@@ -192,6 +192,8 @@ def test_damaged_checkpoints_are_passed_over(whole_runs, run, flags, tmp_path):
     assert code == 0, err
     assert "checkpoint_8 is damaged" in err and "checkpoint_7 is damaged" in err
     assert read_log(tmp_path / "damaged") == read_log(whole_runs / "entmax")
+    (kept,) = (tmp_path / "damaged").glob("log-*.jsonl")  # what was known of the steps that are done again
+    assert kept.read_text() == (whole_runs / "entmax" / "log.jsonl").read_text()
 
 
 def test_a_damaged_log_is_kept(whole_runs, flags, tmp_path, capsys):
@@ -358,9 +360,10 @@ def test_fewer_validation_tokens_than_asked_are_all_used(shards, flags, tmp_path
 
 
 def test_steps_without_a_finite_loss_are_skipped_then_training_stops(flags, tmp_path, capsys):
-    changed = ["--learning_rate=1e30", "--max_steps=100", "--val_every=0", "--checkpoint_every=0", "--warmup_steps=0"]
+    changed = ["--learning_rate=1e30", "--max_steps=100", "--val_every=3", "--checkpoint_every=0", "--warmup_steps=0"]
     code, err = call(capsys, *flags, *changed, f"--run_dir={tmp_path / 'blown'}")
     assert code == 1 and "10 steps in a row" in err and "checkpoint_1" in err
+    assert [r["val_loss"] for r in read_log(tmp_path / "blown") if "val_loss" in r][1:] == [None] * 3  # NaN is no JSON
     records = [r for r in read_log(tmp_path / "blown") if "train_loss" in r]
     assert ["skipped" in r for r in records] == [False] + [True] * 10
     assert math.isfinite(records[0]["train_loss"]) and records[1]["train_loss"] is None
@@ -425,6 +428,11 @@ def test_help_explains_every_field(run):
     assert code == 0
     assert all(f"--{name} " in out for name in Config.__dataclass_fields__)
     assert '["data/python_stdlib"]' in out and "[300]" in out
+
+
+def test_help_shows_a_value_as_it_is(tmp_path, capsys):
+    (tmp_path / "a.toml").write_text('run_dir = "100%(dest)s"')
+    assert conftest.call(main, capsys, f"--config={tmp_path / 'a.toml'}", "--help")[0] == 0
 
 
 @pytest.mark.gpu
