@@ -32,6 +32,7 @@ from train_gpt2 import (
     MAY_DIFFER,
     Config,
     add_fields,
+    learning_rate,
     parse_value,
     read_log,
     read_toml,
@@ -176,11 +177,18 @@ def settings(runs):
                 alike = len(set(fingerprints)) == 1
                 values[name] = run.start[name] if alike else f"{values[name]} {run.start[name]}"
         values |= {"tokens trained": max(run.training("tokens"), default=0)}
+        values |= {"steps at another learning rate": steps_off_schedule(run)}
         values |= {"tokens at the last validation": run.last("tokens")}
         if run.config.attention == "softmax":
             values |= {name: None for name in values if is_of_attention(name) and name != "attention"}
         result.append(values)
     return result
+
+
+def steps_off_schedule(run):
+    """How many steps had another learning rate than the configuration says, as those before max_steps was raised."""
+    rates = ((r["lr"], r["step"]) for r in run.records if "lr" in r and r["step"] <= run.config.max_steps)
+    return sum(not math.isclose(lr, learning_rate(run.config, step), rel_tol=1e-6) for lr, step in rates)
 
 
 def is_of_attention(name):

@@ -41,7 +41,10 @@ SPARSITY_HELP = f"count and draw the zeros of entmax, by layer and head, on {spa
 
 def parse_flags(argv):
     """The arguments, and as a dictionary those fields of Config that they set."""
-    epilog = "A run and a checkpoint have fields of their own, which flags override; --init_from has the paper's."
+    epilog = (
+        "A run and a checkpoint have fields of their own, which flags override; but attention, alpha and tokenizer are "
+        "for --init_from, whose other fields are the paper's."
+    )
     parser = Parser(description=__doc__, epilog=epilog)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run_dir", metavar="RUN", help="take the newest sound checkpoint of a run")

@@ -8,6 +8,7 @@ In the shapes below: B sequences, T tokens each, C channels, H heads of D = C/H,
 import json
 import math
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -215,10 +216,16 @@ class GPT(nn.Module):
 
 
 def pick(logits, temperature, top_k, top_p, generator):
-    """Draw a token id from logits (V,): tempered, cut to the top_k likeliest, then to the nucleus of mass top_p."""
-    if temperature < 1e-6:  # float32 could not divide by it
+    """Draw a token id from logits (V,): tempered, cut to the top_k likeliest, then to the nucleus of mass top_p.
+
+    Raises UserError where they are not finite.
+    """
+    tempered = logits / max(temperature, 1e-6)  # float32 could not divide by less
+    if not tempered.isfinite().all():
+        raise UserError("the logits of the model are not finite, it writes nothing: an earlier checkpoint may")
+    if temperature < 1e-6:
         return int(logits.argmax())
-    probabilities, ids = F.softmax(logits / temperature, dim=-1).sort(descending=True, stable=True)
+    probabilities, ids = F.softmax(tempered, dim=-1).sort(descending=True, stable=True)
     if top_k > 0:
         probabilities[top_k:] = 0
     # a token stays while those before it have not yet filled top_p of what top_k left
@@ -314,3 +321,4 @@ def save_hf(model, folder, end_of_text):
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which save_file keeps from others

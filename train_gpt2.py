@@ -190,6 +190,8 @@ def parse_config(argv=None):
         )
     if "alpha_start" in flags and not config.alpha_steps:
         raise UserError("--alpha_start has no effect without --alpha_steps, the steps that alpha takes to its end")
+    if config.init_from and "model" in flags:
+        raise UserError("--model has no effect with init_from, which sets the size: leave one out")
     if config.init_from and config.qk_init_scale != 1:
         raise UserError("qk_init_scale is for new weights, those of init_from are taken as they are: leave one out")
     if config.attention == "entmax" and config.alpha_steps > config.max_steps > 0:
@@ -772,8 +774,11 @@ def answer_hellaswag(model, questions, micro_batch_tokens, machine, quiet=True):
 def print_sample(model, config, machine, tokenizer, step):
     """Print a short text of the model, from an empty document."""
     generator = torch.Generator().manual_seed(config.seed + step)
-    with machine.precision():
-        tokens = list(model.generate([END_OF_TEXT[config.tokenizer]], 200, temperature=0.8, generator=generator))
+    try:
+        with machine.precision():
+            tokens = list(model.generate([END_OF_TEXT[config.tokenizer]], 200, temperature=0.8, generator=generator))
+    except UserError as error:
+        return notice(f"no sample after step {step}: {error}")
     # an untrained model writes what would switch a terminal's colours, and worse
     text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in decode(tokenizer, tokens))
     say(f"--- a sample after {step} steps ---\n{text}\n---")
@@ -914,7 +919,7 @@ def train(config, stop, claims):
     batches = training_batches(
         train_stream, config.seed, start * config.batch_size, config.micro_batch_size, device, rank, world_size
     )
-    progress = Progress(config.max_steps, "steps", "training", done=start, quiet=rank > 0)
+    progress = None
     skipped, skipped_in_a_row, val_loss = 0, 0, math.nan
 
     try:
@@ -953,6 +958,8 @@ def train(config, stop, claims):
             if last_step:
                 break
 
+            # from here on, as its rate is that of steps
+            progress = progress or Progress(config.max_steps, "steps", "training", done=step, quiet=rank > 0)
             began = time.perf_counter()
             loss = add_gradients(run_model, batches, micro_batches, machine)
             if loss is None:
@@ -1000,8 +1007,11 @@ def train(config, stop, claims):
                 notice(str(failure))
         raise
 
-    progress.close()
+    if progress:
+        progress.close()
     writer.finish()
+    if not math.isfinite(val_loss):
+        raise Failure(f"{run_dir}: the validation loss at the end is {val_loss}; a lower learning_rate may help")
     if rank == 0:
         note = f", {skipped} steps skipped" if skipped else ""
         notice(f"done: validation loss {val_loss:.4f}{note}; python sample.py --run_dir {run_dir} writes text")

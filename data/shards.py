@@ -222,6 +222,8 @@ class TokenStream:
         i = int(np.searchsorted(self.starts, begin, side="right")) - 1
         while begin < end:
             stop = min(end, int(self.starts[i + 1]))
+            if self.shards[i].base.size() < self.shards[i].offset + self.shards[i].nbytes:  # reading on would kill us
+                raise UserError(f"{self.paths[i]}: was cut while it was being read; make or fetch it again")
             part = self.shards[i][begin - int(self.starts[i]) : stop - int(self.starts[i])]
             if part.size and int(part.max()) >= self.vocab_size:
                 got = f"token id {int(part.max())}, but the vocabulary has {self.vocab_size} ids"

@@ -70,6 +70,17 @@ def test_sample_refuses_in_one_line(runs, capsys, wrong, words):
     assert code == 2 and words in err and out == ""
 
 
+def test_nothing_is_written_by_a_model_that_diverged(flags, tmp_path, capsys):
+    changed = ["--learning_rate=1e10", "--warmup_steps=1", "--max_steps=3", "--sample_every=1", "--val_every=0"]
+    code, _, err = call(train, capsys, *flags, *changed, f"--run_dir={tmp_path / 'run'}")
+    assert code == 1 and "no sample after step 3: the logits of the model are not finite" in err, err
+    assert err.splitlines()[-1].startswith(f"error: {tmp_path / 'run'}: the validation loss at the end is nan"), err
+    for temperature in ("0", "1"):
+        args = ["--run_dir", tmp_path / "run", "--prompt=a", "--temperature", temperature]
+        code, _, err = call(sample.main, capsys, *args)
+        assert code == 2 and "the logits of the model are not finite" in err.splitlines()[-1], err
+
+
 @pytest.mark.parametrize("program", [sample, evaluate, export_hf])
 def test_missing_runs_are_refused_in_one_line(program, tmp_path, capsys):
     out = ["--out", tmp_path / "out"] if program is export_hf else []
@@ -123,6 +134,11 @@ def test_exported_weights_have_the_same_loss_in_transformers(runs, shards, tmp_p
         code, out, err = call(evaluate.main, capsys, *source, *tokens)
         assert code == 0, err
         assert json.loads(out)["val_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_others_may_read_what_is_exported(runs, tmp_path, capsys):
+    assert call(export_hf.main, capsys, "--run_dir", runs / "softmax", "--out", tmp_path / "hf")[0] == 0
+    assert len({path.stat().st_mode for path in (tmp_path / "hf").iterdir()}) == 1
 
 
 def test_training_goes_on_from_exported_weights(runs, flags, tmp_path, capsys):

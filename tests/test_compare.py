@@ -433,8 +433,8 @@ def test_one_seed_twice_is_one_sample(here, capsys, no_figure):
         ({'train_data = "': 'train_data = "./'}, "these runs differ in their attention alone"),  # the same shards
         ({"seed = 1": "seed = 5"}, "NOTE: these runs differ in more than the attention: seed (1, 5)"),
         (
-            {"learning_rate = 0.002": "learning_rate = 0.1", 'init_from = ""': 'init_from = "gpt2"'},
-            "NOTE: these runs differ in more than the attention: learning_rate (0.002, 0.1), init_from (-, gpt2)",
+            {"weight_decay = 0.1": "weight_decay = 0.2", 'init_from = ""': 'init_from = "gpt2"'},
+            "NOTE: these runs differ in more than the attention: weight_decay (0.1, 0.2), init_from (-, gpt2)",
         ),
         (
             {'entmax"': 'softmax"', "grad_clip = 1.0": "grad_clip = 0.0"},
@@ -447,6 +447,15 @@ def test_first_line(here, capsys, no_figure, change, line):
     for old, new in change.items():
         rewrite(here / "entmax-1" / "config.toml", old, new)
     assert call(capsys, "softmax-1", "entmax-1")[1].splitlines()[0] == line
+
+
+def test_first_line_on_a_schedule_that_moved(here, flags, capsys, no_figure):
+    """Steps 4 to 8 of a run that was to end at 8: those before are its warm-up and the peak."""
+    longer = [*flags, "--seed=1", "--max_steps=10", "--checkpoint_every=0"]
+    train([*longer, "--attention=entmax", "--run_dir=entmax-1", "--resume=auto"])
+    train([*longer, "--attention=softmax", "--run_dir=straight"])
+    line = call(capsys, "straight", "entmax-1")[1].splitlines()[0]
+    assert line == "NOTE: these runs differ in more than the attention: steps at another learning rate (0, 5)"
 
 
 def test_first_line_on_data_and_tokens(here, shards, capsys, no_figure):

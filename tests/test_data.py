@@ -4,6 +4,7 @@ python -m pytest tests/test_data.py
 """
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -192,6 +193,20 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
     stream = TokenStream(numbered(tmp_path, [1000]), 100, 257)
     with pytest.raises(UserError, match="x_train_000000.bin: token id .* 257 ids"):
         stream.batch([2])
+
+
+def test_a_shard_cut_while_it_is_read_is_refused(tmp_path):
+    """Where memory is mapped beyond the end of a file, reading kills the process."""
+    paths = numbered(tmp_path, [5000, 50_000])
+    stream = TokenStream(paths, 64, 65536)
+    expected, whole = stream.window(700).tolist(), paths[1].read_bytes()
+    os.truncate(paths[1], 30_000)
+    assert stream.window(0).tolist() == list(range(65))
+    with pytest.raises(UserError, match=f"{paths[1]}: was cut while it was being read"):
+        stream.window(700)
+    with open(paths[1], "r+b") as file:
+        file.write(whole)
+    assert stream.window(700).tolist() == expected
 
 
 def test_too_few_tokens_are_refused(tmp_path):

@@ -190,6 +190,10 @@ MISTAKES = [
         "train --init_from {hf} --qk_init_scale 0.5",
         "qk_init_scale is for new weights, those of init_from are taken as they are: leave one out",
     ),
+    (
+        "train --init_from {hf} --model gpt2",
+        "--model has no effect with init_from, which sets the size: leave one out",
+    ),
     ("train --init_from {hf} --sequence_length 65", "sequence_length 65 is longer than the model's 64 positions"),
     ("evaluate --run_dir {run} --sequence_length 128", "sequence_length 128 is longer than the model's 64 positions"),
     # the other programs
