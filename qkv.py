@@ -40,8 +40,8 @@ def pack(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> tuple[torch.Te
     rows = [x.transpose(1, 2).flatten(2).flatten(0, 1).contiguous() for x in (dq, dk, dv)]
     out, sums = _like_pack(dq, dk, dv)
     if takes_kernel(dq):
-        (N, C), COLUMNS = rows[0].shape, 256
-        _pack[(len(sums), 3, triton.cdiv(C, COLUMNS))](*rows, out, sums, N, C, ROWS=ROWS, A=8, COLUMNS=COLUMNS)
+        (N, C), tile = rows[0].shape, {"A": 32, "COLUMNS": 128, "num_warps": 2}
+        _pack[len(sums), 3, triton.cdiv(C, tile["COLUMNS"])](*rows, out, sums, N, C, ROWS=ROWS, **tile)
     else:
         torch.cat(rows, 1, out=out)
         torch.sum(out, 0, keepdim=True, dtype=sums.dtype, out=sums)

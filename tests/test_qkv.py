@@ -30,7 +30,7 @@ def errors(B, T, H, D, dtype, device="cpu"):
     return [((a - b).norm() / b.norm()).item() for a, b in zip(got, expected, strict=True)]
 
 
-SHAPES = (1, 1, 1, 8), (3, 43, 2, 6), (2, 150, 3, 100)  # a program takes 128 rows and 256 columns
+SHAPES = (1, 1, 1, 8), (3, 43, 2, 6), (2, 150, 3, 100)  # a program takes 128 rows and columns
 
 
 @pytest.mark.parametrize("shape", SHAPES)
