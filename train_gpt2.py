@@ -369,6 +369,9 @@ def leave_process_group():
 
 
 PEAK_FLOPS = {  # dense bfloat16, from the vendor's data sheets; the first name that fits counts
+    "Laptop": None,  # these have other figures than the cards whose names they begin with
+    " Ti": None,
+    " NVL": None,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "H200": 989e12,
@@ -394,15 +397,20 @@ def code_version():
     return digest.hexdigest()[:16]
 
 
+def versions(*packages):
+    """{package: its version, None where it is not installed}."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
 def machine_record(machine):
     """Versions and machine, for the log."""
-    packages = {}
-    for package in ("torch", "triton", "numpy"):
-        try:
-            packages[package] = version(package)
-        except PackageNotFoundError:
-            packages[package] = None
-    return packages | {
+    return versions("torch", "triton", "numpy") | {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else str(machine.device),

@@ -7,12 +7,11 @@ Their times are summed over the layers. The other inputs have B * T = 65,536 and
 ones, where hardly a tile is empty, and some that leave a chosen share of the 64 x 64 causal tiles empty. The share that
 entmax with alpha = 1.5 really leaves empty is counted and printed beside each. With --json a picture is drawn too.
 Peers that are not installed (see requirements.txt) or do not run are left out, with a line that says so. The adasplash
-package chooses launch options for each T anew, which takes minutes: beyond T = 4,096 it has those that it chose there.
+package chooses launch options for each T anew, which takes minutes: beyond T = 4,096 it has those that it chose last.
 """
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import math
 import statistics
@@ -30,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from adasplash_kernels import causal_entmax_attention
 from sparsity import TILE, supports
+from train_gpt2 import versions
 
 B, H, T, D = 64, 12, 1024, 64
 
@@ -197,8 +197,8 @@ def main():
     parser.add_argument("--repeat", type=int, default=20, help="calls of which the median is taken, if that is quick")
     parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args()
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
-    results = {"date": str(datetime.date.today()), "device": torch.cuda.get_device_name(), **packages, "cases": {}}
+    results = {"date": str(datetime.date.today()), "device": torch.cuda.get_device_name()}
+    results |= versions("torch", "triton", "adasplash", "entmax") | {"cases": {}}
     chosen = {name: f for name, f in methods().items() if name.startswith(tuple(args.methods))}
     for case, length, inputs in cases(args):
         sums = {name: [0.0, 0.0] for name, (longest, _) in chosen.items() if length <= longest}

@@ -3,15 +3,15 @@
     python benchmarks/training_step.py --json benchmarks/results/training_step_h100.json
     python benchmarks/training_step.py --checkpoint runs/entmax/checkpoint_762 --data data/fineweb10B
 
-The baseline is a GPT-2 as one would write it down: torch.compile, bfloat16 autocast, a padded vocabulary, PyTorch's
-cuDNN attention, fused AdamW. It and ours take the same batches through the same loop, 524,288 tokens a step. Random
-tokens, or those of --data. The entmax of --checkpoint, where trained weights leave tiles empty, is a case of its own;
-it wants real text. Every case has a process of its own, so that its first step is that of a cold start.
+The baseline is a GPT-2 as one would write it down: torch.compile, bfloat16 autocast (which leaves the residual stream
+in float32), a padded vocabulary, PyTorch's cuDNN attention, fused AdamW. It and ours take the same batches through the
+same loop, 524,288 tokens a step. Random tokens, or those of --data. The entmax of --checkpoint, where trained weights
+leave tiles empty, is a case of its own; it wants real text. Every case has a process of its own, so that its first step
+is that of a cold start.
 """
 
 import argparse
 import datetime
-import importlib.metadata
 import itertools
 import json
 import math
@@ -32,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint
 from data.shards import TokenStream, find_shards, training_batches
 from model import GPT, SIZES, GPTConfig
-from train_gpt2 import Config, add_gradients, compile_model, make_optimizer, peak_flops, start_machine
+from train_gpt2 import Config, add_gradients, compile_model, make_optimizer, peak_flops, start_machine, versions
 
+CASES = ("baseline", "softmax", "entmax", "entmax, trained")
 VOCAB_SIZE = 50257
 WARM_UP = 2  # steps before those that count
 
@@ -178,7 +179,7 @@ def measure(case, micro_batch_size, args):
         step()
         times.append(time.perf_counter() - start)
     seconds, tokens = statistics.median(times), args.batch_size * args.sequence_length
-    n_layer, _, C = SIZES[args.model]
+    n_layer, C = len(model.h), model.wte.embedding_dim
     parameters = sum(p.numel() for p in model.parameters())
     flops = (6 * parameters + 12 * n_layer * C * args.sequence_length) * tokens
     peak = peak_flops(device)
@@ -210,7 +211,7 @@ def main():
     parser.add_argument("--batch_size", type=int, default=512, help="sequences a step")
     parser.add_argument("--micro_batch_sizes", type=int, nargs="*", default=[64, 16], help="sequences a forward pass")
     parser.add_argument("--steps", type=int, default=8, help="steps of which the median is taken")
-    parser.add_argument("--cases", nargs="*", help="only these")
+    parser.add_argument("--cases", nargs="*", choices=CASES, help="only these")
     parser.add_argument("--compile", default="true", choices=("true", "false"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, help="file for the results")
@@ -220,22 +221,26 @@ def main():
     if args.one:
         print(json.dumps(measure(args.one[0], int(args.one[1]), args)))
         return
-    cases = ["baseline", "softmax", "entmax", *(["entmax, trained"] if args.checkpoint else [])]
+    for size in args.micro_batch_sizes:
+        if size < 1 or args.batch_size % size:
+            parser.error(f"batch_size {args.batch_size} is not a multiple of micro-batch {size}")
+    if "entmax, trained" in (args.cases or ()) and not args.checkpoint:
+        parser.error("the case 'entmax, trained' needs --checkpoint")
+    cases = args.cases or [case for case in CASES if case != "entmax, trained" or args.checkpoint]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     results = {"date": str(datetime.date.today()), "device": device}
-    results |= {package: importlib.metadata.version(package) for package in ("torch", "triton")}
+    results |= versions("torch", "triton")
     results |= {"batch_size": args.batch_size, "sequence_length": args.sequence_length, "cases": {}}
     print(f"{'case':28} tokens/s  ms/step   mfu  peak GB  first step s  x baseline")
     for size in args.micro_batch_sizes:
-        for case in args.cases or cases:
+        for case in cases:
             with tempfile.TemporaryDirectory() as cold:  # nothing compiled before
                 caches = {"TORCHINDUCTOR_CACHE_DIR": f"{cold}/inductor", "TRITON_CACHE_DIR": f"{cold}/triton"}
                 command = [sys.executable, *sys.argv, "--one", case, str(size), "--started", str(time.time())]
                 child = subprocess.run(command, env=os.environ | caches, stdout=subprocess.PIPE, text=True)
             name = f"{case}, micro-batch {size}"
             if child.returncode:
-                print(f"{name:28} failed")
-                continue
+                sys.exit(f"{name} failed")
             result = results["cases"][name] = json.loads(child.stdout.splitlines()[-1])
             baseline = results["cases"].get(f"baseline, micro-batch {size}", result)
             ratio = result["tokens_per_s"] / baseline["tokens_per_s"]
