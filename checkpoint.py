@@ -172,7 +172,9 @@ def load(path):
 
 def load_from(run_dir, path):
     """What a command's --checkpoint or --run_dir names: that checkpoint, or the newest sound one of the run."""
-    if path:
+    if path is not None:
+        if not path:
+            raise UserError("--checkpoint is empty: give a checkpoint's path")
         return load(path)
     if not os.path.isdir(run_dir):
         raise UserError(f"--run_dir {run_dir}: no such folder")

@@ -13,9 +13,11 @@ import csv
 import json
 import math
 import os
+import shlex
 import statistics
 import sys
 import textwrap
+import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +34,7 @@ from train_gpt2 import (
     MAY_DIFFER,
     Config,
     add_fields,
+    check_fits,
     learning_rate,
     parse_value,
     read_log,
@@ -134,9 +137,12 @@ def compute_evaluation(run, machine):
     state = checkpoint.load(file)
     shards = find_shards(config.val_data, "val", "val_data")
     stream = TokenStream(shards, config.sequence_length, VOCAB_SIZE[config.tokenizer], config.shard_format)
-    if stream.fingerprint() != state["data"]["val_data"]:
+    with checkpoint.reading(file):
+        validated_on = state["data"]["val_data"]
+    if stream.fingerprint() != validated_on:
         raise UserError(f"val_data {config.val_data} does not hold the shards that the run validated on")
     model = checkpoint.load_model(state).to(machine.device)
+    check_fits(model, config.tokenizer, config.sequence_length)
     windows = validation_windows(stream, config.val_tokens, quiet=True)
     _, losses = validate(model, stream, windows, config.micro_batch_size, machine, quiet=False)
     return Evaluation(stream.fingerprint(), config.sequence_length, losses.cpu().numpy())
@@ -147,6 +153,7 @@ def sparsity_of(run):
     if run.config.attention == "softmax" or run.config.alpha == 1:
         return 0.0, 1.0  # by definition
     path = run.path / "sparsity.json"
+    measure = f"python evaluate.py --run_dir {shlex.quote(str(run.path))} --sparsity"
     try:
         measured = json.loads(path.read_text())
         shares = float(measured["empty_tiles"]), float(measured["nonzero_share"])
@@ -154,10 +161,10 @@ def sparsity_of(run):
             notice(f"{path} is of step {measured['step']}, the last validation of step {run.last('step')}")
         return shares
     except FileNotFoundError:
-        notice(f"{run.path}: no sparsity.json: python evaluate.py --run_dir {run.path} --sparsity counts its zeros")
+        notice(f"{run.path}: no sparsity.json: {measure} counts its zeros")
         return None, None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        notice(f"{path} cannot be read ({error!r}): python evaluate.py --run_dir {run.path} --sparsity writes it again")
+        notice(f"{path} cannot be read ({error!r}): {measure} writes it again")
         return None, None
 
 
@@ -187,8 +194,8 @@ def settings(runs):
 
 def steps_off_schedule(run):
     """How many steps had another learning rate than the configuration says, as those before max_steps was raised."""
-    rates = ((r["lr"], r["step"]) for r in run.records if "lr" in r and r["step"] <= run.config.max_steps)
-    return sum(not math.isclose(lr, learning_rate(run.config, step), rel_tol=1e-6) for lr, step in rates)
+    done = (r for r in run.records if r.get("lr") is not None and r["step"] <= run.config.max_steps)
+    return sum(not math.isclose(r["lr"], learning_rate(run.config, r["step"]), rel_tol=1e-6) for r in done)
 
 
 def is_of_attention(name):
@@ -499,7 +506,8 @@ def draw(runs, rows, path):
     for axes in (by_tokens, by_hours, by_difference):
         axes.grid(alpha=0.3)
     try:
-        with rc_context({"text.parse_math": False}):  # a name with two $ is no formula
+        # a name with two $ is no formula, and one of other scripts is drawn as boxes
+        with rc_context({"text.parse_math": False}), warnings.catch_warnings(action="ignore"):
             columns = min(4, max(1, 140 // (max(map(len, labels)) + 8)))
             figure.legend(lines, labels, loc="outside lower center", ncols=columns)
             figure.savefig(path, format="png")
@@ -523,6 +531,7 @@ def main(argv=None):
     device = parse_value("device", args.device or "auto")
     folders = [Path(path).resolve().name for path in args.runs]
     names = folders if len(set(folders)) == len(folders) else args.runs
+    names = [os.fsencode(name).decode(errors="replace") for name in names]  # which may not be UTF-8
     runs = [read_run(Path(path), name) for path, name in zip(args.runs, names, strict=True)]
 
     say = partial(print, file=sys.stderr if args.csv else sys.stdout, flush=True)

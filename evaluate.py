@@ -140,6 +140,7 @@ def main(argv=None):
         machine.from_rank_0(python_stdlib.make_shards)
     stream = TokenStream(find_shards(settings["val_data"], "val", "val_data"), T, vocab_size, settings["shard_format"])
     check_tokens(stream, settings["tokenizer"])
+    machine.check_agreement(evaluation={"the checkpoint's step": step, "val_data": stream.fingerprint()})
     questions = None
     if given.get("hellaswag"):
         path = machine.from_rank_0(lambda: hellaswag.find(given["hellaswag"]))

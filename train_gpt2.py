@@ -25,7 +25,7 @@ import sys
 import time
 import tomllib
 from collections import deque
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timedelta
 from hashlib import sha256
@@ -301,6 +301,8 @@ def start_machine(device, dtype, deterministic=False, stop=None):
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     except ValueError as error:
         raise UserError(f"RANK and WORLD_SIZE should be whole numbers, as torchrun sets them ({error})") from error
+    if not 0 <= rank < world_size:
+        raise UserError(f"RANK {rank} is none of WORLD_SIZE {world_size}: start with torchrun, or unset both")
     mps = torch.backends.mps.is_available()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if mps and world_size == 1 else "cpu"
@@ -322,8 +324,9 @@ def start_machine(device, dtype, deterministic=False, stop=None):
         notice(f"dtype bfloat16 is for CUDA: float32 on {device}")
     if world_size > 1:
         try:
-            backend, store = "nccl" if device == "cuda" else "gloo", store_of_this_start(rank, world_size)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+            with ending_at_once():
+                backend, store = "nccl" if device == "cuda" else "gloo", store_of_this_start(rank, world_size)
+                dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
         except (ValueError, RuntimeError) as error:
             if "EADDRINUSE" in str(error):
                 port = os.environ.get("MASTER_PORT")
@@ -341,6 +344,18 @@ def start_machine(device, dtype, deterministic=False, stop=None):
         stop=stop,
         control=control if world_size > 1 else None,
     )
+
+
+@contextmanager
+def ending_at_once():
+    """Let SIGINT and SIGTERM end a process that waits for the others: Python's own handlers would wait with it."""
+    numbers = (n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) not in (None, signal.SIG_IGN))
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def store_of_this_start(rank, world_size):
@@ -514,8 +529,8 @@ def choose_start(config, claims):
     goes_on = config.resume == "auto" or resumed and resumed.parent.resolve() == run_dir.resolve()
     if holds_a_run and not goes_on:
         raise UserError(
-            f"--run_dir {run_dir} holds a run: --config {run_dir}/config.toml --resume auto goes on with it, or name "
-            "another folder"
+            f"--run_dir {run_dir} holds a run: --config {shlex.quote(f'{run_dir}/config.toml')} --resume auto goes on "
+            "with it, or name another folder"
         )
     if config.resume == "auto":
         if os.access(run_dir, os.W_OK):  # now, or two could go on from one checkpoint
@@ -1022,7 +1037,8 @@ def train(config, stop, claims):
         raise Failure(f"{run_dir}: the validation loss at the end is {val_loss}; a lower learning_rate may help")
     if rank == 0:
         note = f", {skipped} steps skipped" if skipped else ""
-        notice(f"done: validation loss {val_loss:.4f}{note}; python sample.py --run_dir {run_dir} writes text")
+        sample = f"python sample.py --run_dir {shlex.quote(str(run_dir))}"
+        notice(f"done: validation loss {val_loss:.4f}{note}; {sample} writes text")
 
 
 def due(step, every):

@@ -26,9 +26,9 @@ DOWNLOADED = "data/hellaswag/hellaswag_val.jsonl"
 def find(source):
     """The path of the examples that a user names: a file, or "download" for the authors', fetched on first use."""
     path = Path(DOWNLOADED if source == "download" else source)
-    if source == "download" and not path.exists():
+    if source == "download" and not os.path.exists(path):
         download(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"hellaswag: no file {path} (a .jsonl file of the examples, or download)")
     return path
 

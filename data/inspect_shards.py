@@ -5,8 +5,8 @@ python -m data.inspect_shards 'data/python_stdlib/*.bin'
 python -m data.inspect_shards openwebtext/train.bin --shard_format nanogpt
 """
 
+import os
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 
@@ -22,7 +22,7 @@ BLOCK = 2**22  # tokens read at a time
 def find(pattern):
     """Shards as train_data and val_data find them; a folder means both."""
     found = []
-    for split in ("train", "val") if Path(pattern).is_dir() else ("train",):
+    for split in ("train", "val") if os.path.isdir(pattern) else ("train",):
         with suppress(UserError):
             found += find_shards(pattern, split, "PATTERN")
     if not found:

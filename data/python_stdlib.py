@@ -22,7 +22,7 @@ def make_shards(folder=FOLDER):
     Raises UserError if this Python keeps no library source on disk, or the folder cannot be made.
     """
     folder = Path(folder)
-    if folder.exists():
+    if os.path.exists(folder):
         return
     library = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
@@ -35,18 +35,19 @@ def make_shards(folder=FOLDER):
     kept = [text for i, text in enumerate(documents) if i % VALIDATE_EVERY]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=folder.name + ".", suffix=".tmp", dir=folder.parent))
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be made ({error.strerror}): start in another folder, or give --train_data and --val_data"
         ) from error
-    write_shard(temporary / "stdlib_train_000001.bin", np.concatenate(kept))
-    write_shard(temporary / "stdlib_val_000000.bin", np.concatenate(held_out))
-    temporary.chmod(0o755)  # mkdtemp's folders are private
     try:
+        write_shard(temporary / "stdlib_train_000001.bin", np.concatenate(kept))
+        write_shard(temporary / "stdlib_val_000000.bin", np.concatenate(held_out))
+        temporary.chmod(0o755)  # mkdtemp's folders are private
         os.rename(temporary, folder)
     except OSError:  # another start was faster
         if not folder.exists():
             raise
-        shutil.rmtree(temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     notice(f"made {folder} from {len(documents)} files of {library}")

@@ -78,13 +78,13 @@ def find_texts(inputs):
     found = {}
     for name in inputs:
         path = Path(name)
-        if path.is_file():
+        if os.path.isfile(path):
             if not kind(path):
                 raise UserError(f"{name}: read are .txt, .md, .jsonl (each also .gz or .zst) and .parquet")
             paths = [path]
         else:
-            several = files_below(path) if path.is_dir() else map(Path, glob.glob(name, recursive=True))
-            paths = sorted(p for p in several if kind(p) and p.is_file())
+            several = files_below(path) if os.path.isdir(path) else map(Path, glob.glob(name, recursive=True))
+            paths = sorted(p for p in several if kind(p) and os.path.isfile(p))
         if not paths:
             raise UserError(f"{name}: no such file or folder, or no text in it (.txt, .md, .jsonl, .parquet)")
         found |= {p.resolve(): p for p in paths if p.resolve() not in found}
@@ -195,7 +195,7 @@ def parquet_texts(path, file, field):
                 if not isinstance(text, str):
                     raise UserError(f"{path}: column {field!r} holds {type(text).__name__} where text should be")
                 yield text
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
 
 
@@ -264,10 +264,12 @@ def open_job(folder, job):
     fresh = {"job": job, "finished": False, "shards": [], "batches": 0, "offset": 0, "mb": 0, "documents": 0}
     try:
         state = json.loads((folder / JOB).read_text(encoding="utf-8"))
+        if not isinstance(state["job"], dict) or not isinstance(state["shards"], list):
+            raise ValueError("not written by this command")
     except FileNotFoundError:
         state = {"job": None, "shards": []}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / JOB}: cannot be read ({error}): name another --out") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / JOB}: cannot be read ({error!r}): name another --out") from error
     if state["job"] != job and state["shards"]:
         differs = ", ".join(name for name in job if job[name] != state["job"].get(name))
         raise UserError(f"--out {folder} holds shards that differ from this command in {differs}: name another folder")

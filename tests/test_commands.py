@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import call, read_log
+from conftest import ROOT, call, read_log
 from transformers import GPT2LMHeadModel
 
 import evaluate
@@ -17,6 +17,12 @@ import export_hf
 import sample
 from data.shards import TokenStream
 from train_gpt2 import main as train
+
+EACH_ITS_OWN = """
+import os, sys
+import cli, evaluate
+cli.run(lambda: evaluate.main([f"--checkpoint={sys.argv[1]}/checkpoint_{40 - 2 * int(os.environ['RANK'])}"]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +68,19 @@ def test_sample_options(runs, tmp_path, capsys):
         (["--prompt_file", "nowhere.txt"], "nowhere.txt"),
         (["--temperature", "-1", "--prompt", "x"], "--temperature"),
         (["--top_k", "x"], "--top_k"),
+        (["--checkpoint", ""], "not allowed"),
         (["--tempature", "1"], "did you mean '--temperature'"),
     ],
 )
 def test_sample_refuses_in_one_line(runs, capsys, wrong, words):
     code, out, err = call(sample.main, capsys, "--run_dir", runs / "softmax", *wrong)
     assert code == 2 and words in err and out == ""
+
+
+def test_line_ends_of_a_prompt_stay(runs, tmp_path, capsys):
+    (tmp_path / "prompt.txt").write_bytes(b"a\r\nb")
+    args = ["--run_dir", runs / "softmax", "--max_new_tokens", 0, "--prompt_file", tmp_path / "prompt.txt"]
+    assert call(sample.main, capsys, *args)[1] == "a\r\nb\n"
 
 
 def test_nothing_is_written_by_a_model_that_diverged(flags, tmp_path, capsys):
@@ -134,6 +147,12 @@ def test_exported_weights_have_the_same_loss_in_transformers(runs, shards, tmp_p
         code, out, err = call(evaluate.main, capsys, *source, *tokens)
         assert code == 0, err
         assert json.loads(out)["val_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_processes_that_evaluate_different_things_are_refused(runs, run, tmp_path):
+    (tmp_path / "each.py").write_text(EACH_ITS_OWN)
+    code, out, err = run(tmp_path / "each.py", runs / "softmax", ranks=2, env={"PYTHONPATH": str(ROOT)})
+    assert code == 1 and not out and "the checkpoint's step is 40 on process 0, 38 on process 1" in err, err
 
 
 def test_others_may_read_what_is_exported(runs, tmp_path, capsys):

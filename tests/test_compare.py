@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+import os
 import shutil
 import statistics
 import warnings
@@ -472,6 +473,29 @@ def test_first_line_on_data_and_tokens(here, shards, capsys, no_figure):
     assert "_data" not in call(capsys, "softmax-1", "entmax-1")[1].splitlines()[0]
     rewrite(here / "entmax-1" / "config.toml", 'train_data = "', 'train_data = "./')
     assert f"train_data ({shards}, ./{shards})" in call(capsys, "softmax-1", "entmax-1")[1].splitlines()[0]
+
+
+def test_what_does_not_fit_costs_the_interval_alone(here, capsys, no_figure):
+    """A checkpoint without what it validated on, one of shorter sequences; and a log that lacks a learning rate."""
+    (here / "entmax-1" / "evaluation.npz").unlink()
+    path = here / "entmax-1" / "checkpoint_8"
+    state = torch.load(path, weights_only=True)
+    torch.save({key: value for key, value in state.items() if key != "data"}, path)
+    assert "no interval for entmax-1: entmax-1/checkpoint_8: " in call(capsys, "softmax-1", "entmax-1")[2]
+    torch.save(state, path)
+    rewrite(here / "entmax-1" / "config.toml", "sequence_length = 64", "sequence_length = 128")
+    config = json.loads(json.dumps(state["config"])) | {"sequence_length": 128}
+    torch.save(state | {"config": config}, path)
+    edit_log(here / "entmax-1", lambda r: r | ({"lr": None} if r["step"] == 8 else {}))
+    code, _, err = call(capsys, "softmax-1", "entmax-1")
+    assert code == 0 and "sequence_length 128 is longer than the model's 64 positions" in err, err
+
+
+def test_names_that_are_not_utf_8(here, run):
+    name = os.fsdecode(b"bad\xff")
+    shutil.move(here / "entmax-1", here / name)
+    code, out, err = run("compare.py", "softmax-1", name)
+    assert code == 0 and "bad\ufffd" in out and "Traceback" not in err and (here / "comparison.png").exists()
 
 
 def test_other_set_ups_are_named(here, capsys, no_figure):

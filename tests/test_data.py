@@ -12,9 +12,10 @@ import torch
 from conftest import read_log
 
 import cli
+import data.python_stdlib
 import evaluate
 import train_gpt2
-from cli import UserError
+from cli import Failure, UserError
 from data import inspect_shards
 from data.python_stdlib import make_shards
 from data.shards import BatchOrder, TokenStream, find_shards, open_shard, training_batches, write_shard
@@ -221,7 +222,10 @@ def test_fingerprint_follows_the_tokens_not_the_path(tmp_path):
     assert a != TokenStream(numbered(tmp_path / "b", [700, 500]), 64, 65536).fingerprint()
 
 
-def test_stdlib_shards(tmp_path):
+def test_stdlib_shards(tmp_path, monkeypatch):
+    def write_nothing(path, tokens):
+        raise Failure(f"{path}: cannot be written (No space left on device)")
+
     folder = tmp_path / "data" / "python_stdlib"
     make_shards(folder)
     train, val = (np.array(open_shard(folder / f"stdlib_{s}.bin")) for s in ("train_000001", "val_000000"))
@@ -233,6 +237,10 @@ def test_stdlib_shards(tmp_path):
     make_shards(folder)
     assert (folder / "stdlib_val_000000.bin").stat().st_mtime_ns == written
     assert [p.name for p in folder.parent.iterdir()] == ["python_stdlib"]
+    with pytest.raises(Failure), monkeypatch.context() as patches:
+        patches.setattr(data.python_stdlib, "write_shard", write_nothing)
+        make_shards(tmp_path / "full" / "python_stdlib")
+    assert not list((tmp_path / "full").iterdir())
     with pytest.raises(UserError, match="cannot be made .File exists.: start in another folder"):
         make_shards(folder / "stdlib_val_000000.bin" / "x")
 

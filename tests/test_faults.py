@@ -13,6 +13,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -352,6 +353,24 @@ def test_processes_that_differ_are_refused(flags, shards, tmp_path):
         for code, err in two_processes(tmp_path, [command, other]):
             assert code == 2 and words in err and "Traceback" not in err, err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_the_wait_for_other_processes(start, flags, tmp_path, name):
+    """Of which there is none."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    process = start("train_gpt2.py", *flags, "--run_dir=run", env=environment)
+    wait_until(lambda: answers(port), process)
+    process.send_signal(getattr(signal, name))
+    assert process.wait(20) == -getattr(signal, name)
+
+
+def answers(port):
+    with socket.socket() as other:
+        return other.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_a_lost_process_is_said_in_a_line(flags, tmp_path):

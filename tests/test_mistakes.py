@@ -140,6 +140,10 @@ MISTAKES = [
         "{shards}/text_train_000001.bin: 7098 tokens in all, too few for one sequence of 8000: shorten sequence_length "
         "or add shards",
     ),
+    ("train --hellaswag " + "x" * 300, "hellaswag: no file " + "x" * 300 + " (*"),
+    ("tokenize --out {here}/out " + "x" * 300, "x" * 300 + ": no such file or folder*"),
+    ("inspect " + "x" * 300, "x" * 300 + ": no shards there *"),
+    ("evaluate --checkpoint=", "--checkpoint is empty: give a checkpoint's path"),
     (
         "train --hellaswag nowhere.jsonl",
         "hellaswag: no file nowhere.jsonl (a .jsonl file of the examples, or download)",
@@ -397,6 +401,12 @@ def test_what_a_launcher_has_to_say(call, monkeypatch):
     code, _, err = call("train")
     assert code == 2
     assert_says(err, "RANK and WORLD_SIZE should be whole numbers, as torchrun sets them (*'two')")
+    for rank, world_size in ((1, 1), (0, 0), (0, -1), (-1, 1)):
+        monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        code, _, err = call("train")
+        assert code == 2
+        assert_says(err, f"RANK {rank} is none of WORLD_SIZE {world_size}: start with torchrun, or unset both")
+    monkeypatch.delenv("RANK")
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = call("train")
     assert code == 2

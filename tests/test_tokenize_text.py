@@ -268,6 +268,11 @@ def test_wrong_flags_are_refused_in_one_line(texts, tmp_path, capsys):
     assert code == 2 and "nothing is left to train on" in err and not list(tmp_path.glob("out/*.bin*"))
     code, err = call(capsys, folder, "--out", folder / "a.txt")
     assert code == 2 and "a.txt: cannot be written" in err
+    for number, foreign in enumerate(('{"chapter": 1}', "[1, 2]", '{"job": null, "shards": []}')):
+        (tmp_path / f"foreign{number}").mkdir()
+        (tmp_path / f"foreign{number}" / "text.json").write_text(foreign)
+        code, err = call(capsys, folder, "--out", tmp_path / f"foreign{number}")
+        assert code == 2 and f"foreign{number}/text.json: cannot be read" in err and err.count("\n") == 1, err
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "x_train_000001.bin").touch()
     code, err = call(capsys, folder, "--out", tmp_path / "others")
