@@ -65,7 +65,8 @@ def run(main):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed
             setattr(sys, name, open(os.devnull, "w"))
-    sys.stdout.reconfigure(errors="replace")  # not all encodings have all characters of a sample
+    with suppress(AttributeError):  # a notebook's is of another kind
+        sys.stdout.reconfigure(errors="replace")  # not all encodings have all characters of a sample
     try:
         try:
             main()
