@@ -27,9 +27,10 @@ def read_prompt(args):
         if args.prompt_file not in (None, "-"):
             with open(args.prompt_file, encoding="utf-8", newline="") as file:
                 return file.read()
-        if "-" in (args.prompt, args.prompt_file) and sys.stdin is None:
-            raise UserError("the prompt is to come from stdin, which is closed")
-        if "-" in (args.prompt, args.prompt_file) or is_piped(sys.stdin):
+        asked_for = "-" in (args.prompt, args.prompt_file)
+        if asked_for and sys.stdin is None:
+            raise UserError("the prompt is to come from stdin, which is closed: give it by --prompt")
+        if asked_for or is_piped(sys.stdin):
             return sys.stdin.buffer.read().decode("utf-8")
         return ""
     except OSError as error:

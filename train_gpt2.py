@@ -730,7 +730,7 @@ def check_fits(model, tokenizer, sequence_length):
 
 def check_tokens(stream, tokenizer):
     """Refuse shards of bytes for another tokenizer, whose vocabulary has all their ids."""
-    if tokenizer != "bytes" and stream.shards[0][:1_000_000].max() < VOCAB_SIZE["bytes"]:
+    if tokenizer != "bytes" and stream.begins.max() < VOCAB_SIZE["bytes"]:
         raise UserError(f"tokenizer {tokenizer}: {stream.paths[0]} holds bytes, use --tokenizer bytes")
 
 
@@ -931,7 +931,7 @@ def train(config, stop, claims):
     event = "resume" if resumed else "start"
     log.write(start, event=event, parameters=parameters, **fingerprints, **machine_record(machine))
     document_start = END_OF_TEXT[config.tokenizer]
-    if rank == 0 and not (train_stream.shards[0][:1_000_000] == document_start).any():
+    if rank == 0 and not (train_stream.begins == document_start).any():
         where = f"the first tokens of {train_stream.paths[0]}"
         notice(f"no document starts (id {document_start}) in {where}: were they made by tokenizer {config.tokenizer}?")
     shared = {path.resolve() for path in train_stream.paths} & {path.resolve() for path in val_stream.paths}

@@ -30,7 +30,8 @@ def causal_entmax_attention(q, k, v, alpha=1.5, scale=None):
         device from there to 2: the host never reads that, so a compiled or captured model follows as it changes.
     scale: of the scores q.k, positive; 1 / sqrt(D) by default.
     Returns (B, H, R, D) in q's dtype, for entmax in memory (B, R, H, D). Differentiable once, with respect to q, k, v.
-    Raises TypeError for a wrong dtype or device and ValueError for a wrong shape, alpha or scale.
+    Raises TypeError for a wrong dtype or device, ValueError for a wrong shape, alpha or scale, and RuntimeError when
+    differentiated twice.
     """
     _check(q, k, v, alpha, scale)
     if _is_softmax(alpha):

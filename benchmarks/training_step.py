@@ -231,6 +231,7 @@ def main():
     results = {"date": str(datetime.date.today()), "device": device}
     results |= versions("torch", "triton")
     results |= {"batch_size": args.batch_size, "sequence_length": args.sequence_length, "cases": {}}
+    failed = []
     print(f"{'case':28} tokens/s  ms/step   mfu  peak GB  first step s  x baseline")
     for size in args.micro_batch_sizes:
         for case in cases:
@@ -240,7 +241,9 @@ def main():
                 child = subprocess.run(command, env=os.environ | caches, stdout=subprocess.PIPE, text=True)
             name = f"{case}, micro-batch {size}"
             if child.returncode:
-                sys.exit(f"{name} failed")
+                failed.append(name)  # as the baseline does on a small card, where ours may not
+                print(f"{name:28} failed")
+                continue
             result = results["cases"][name] = json.loads(child.stdout.splitlines()[-1])
             baseline = results["cases"].get(f"baseline, micro-batch {size}", result)
             ratio = result["tokens_per_s"] / baseline["tokens_per_s"]
@@ -252,6 +255,8 @@ def main():
             if args.json:
                 args.json.parent.mkdir(parents=True, exist_ok=True)
                 args.json.write_text(json.dumps(results, indent=2) + "\n")
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -203,6 +203,7 @@ class TokenStream:
     def __init__(self, paths, sequence_length, vocab_size, shard_format="auto"):
         self.paths, self.sequence_length, self.vocab_size = list(paths), sequence_length, vocab_size
         self.shards = [open_shard(path, shard_format) for path in self.paths]
+        self.begins = self.shards[0][:1_000_000]  # shows what the tokens are
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])  # of each shard in the stream, and the end
         self.tokens = int(self.starts[-1])
         self.windows = (self.tokens - 1) // sequence_length

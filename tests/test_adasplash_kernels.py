@@ -499,7 +499,7 @@ def test_what_the_copy_engine_takes():
 
 @pytest.mark.parametrize("alpha", (1, 1.25, 1.5, torch.tensor([1.7]), 2))
 def test_packed_gives_the_same_bits(alpha):
-    for (B, H, T, D), scale in (((2, 2, 33, 16), None), ((1, 2, 65, 20), 0.3)):
+    for (B, H, T, D), scale in (((2, 3, 65, 16), None), ((1, 2, 33, 20), 0.3)):
         tensors = normal_inputs(B, H, T, T, D)
         for x, y in zip(run_packed(*tensors, alpha, scale), run(*tensors, alpha, scale), strict=True):
             assert torch.equal(x, y)
@@ -529,7 +529,7 @@ def test_a_second_derivative_is_refused():
     qkv = torch.randn(1, 9, 3, 2, 16, requires_grad=True)
     for out in (causal_entmax_attention_qkvpacked(qkv), causal_entmax_attention(*qkv.permute(2, 0, 3, 1, 4))):
         (grad,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
-        with pytest.raises(NotImplementedError, match="differentiable once"):
+        with pytest.raises(RuntimeError, match="differentiable once"):
             grad.square().sum().backward()
 
 

@@ -68,7 +68,6 @@ def test_sample_options(runs, tmp_path, capsys):
         (["--prompt_file", "nowhere.txt"], "nowhere.txt"),
         (["--temperature", "-1", "--prompt", "x"], "--temperature"),
         (["--top_k", "x"], "--top_k"),
-        (["--checkpoint", ""], "not allowed"),
         (["--tempature", "1"], "did you mean '--temperature'"),
     ],
 )

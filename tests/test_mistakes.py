@@ -145,6 +145,10 @@ MISTAKES = [
     ("inspect " + "x" * 300, "x" * 300 + ": no shards there *"),
     ("evaluate --checkpoint=", "--checkpoint is empty: give a checkpoint's path"),
     (
+        "sample --run_dir {run} --prompt -",
+        "the prompt is to come from stdin, which is closed: give it by --prompt",
+    ),
+    (
         "train --hellaswag nowhere.jsonl",
         "hellaswag: no file nowhere.jsonl (a .jsonl file of the examples, or download)",
     ),
