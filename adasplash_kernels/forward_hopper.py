@@ -5,9 +5,14 @@ shared memory, ahead of their use. In the first pass and the sweeps the tensor c
 tile as soon as those of a tile have been turned into u; in the output, when the tile's weights are on their way to
 them. docs/kernels.md says what this brings.
 
-A program counts the tiles that it fetches into the ring, over all its passes: number i goes to slot i % SLOTS, whose
-barrier then completes when it is there. A barrier's phase, 0 or 1, flips each time that it completes, and to wait for a
-phase is to wait for its end. Names that begin with t_ are tensors as the copy engine takes them, s_ is shared memory.
+A program counts the tiles that it fetches into the ring, over all its passes: number i goes to slot ~i % SLOTS, whose
+barrier then completes when it is there (values and keys that come together have that of the first). A barrier's phase,
+0 or 1, flips each time that it completes, and to wait for a phase is to wait for its end. The keys before the diagonal,
+numbers -SLOTS to -1, come by one copy, together with the queries and keys of the diagonal.
+
+Names that begin with t_ are tensors as the copy engine takes them, s_ is shared memory. Of a tile, tensor cores leave
+two rows to four threads, all of which then need what is known of these rows (layout `wide`). Two threads a row compute
+that (layout `row`), which halves it; to convert, threads exchange a value.
 """
 
 import torch
@@ -30,6 +35,8 @@ from adasplash_kernels.kernels import (
     _above_any,
     _any_of_16,
     _bounds,
+    _even,
+    _first_tau,
     _guess,
     _larger,
     _marks,
@@ -42,6 +49,7 @@ from adasplash_kernels.kernels import (
     _powers,
     _rise,
     _rise_first,
+    _saturated,
     _store_words,
     _sums,
     _support,
@@ -50,11 +58,14 @@ from adasplash_kernels.kernels import (
     _word,
 )
 
-load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # Triton 3.6
+# Triton 3.6 has the second names
+load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+shared = gl.shared_memory_descriptor
+reinterpret = shared.reinterpret if hasattr(shared, "reinterpret") else shared._reinterpret
 
 LOG_SLOTS = gl.constexpr(2)
-SLOTS = gl.constexpr(1 << LOG_SLOTS.value)  # the output needs 4: of two tiles, keys and values
+SLOTS = gl.constexpr(1 << LOG_SLOTS.value)  # the output needs 4: of two tiles, values and next keys
 AHEAD = gl.constexpr(SLOTS.value - 1)  # the slot that is fetched into is that of the tile before
 EXACT = gl.constexpr(False)  # 16 bits only
 
@@ -81,22 +92,37 @@ def _fetch(t_x, head, j, ring, full, number, needed):
     All warps are through with what the slot held: each has waited for its products, and Triton puts a barrier for all
     before `expect`, as others may still look at `full`. The tests look for it in what was compiled.
     """
-    slot = number & (SLOTS - 1)
+    slot = ~number & (SLOTS - 1)
     mbarrier.expect(full.index(slot), t_x.block_type.nbytes, pred=needed)
     load(t_x, [head[0], head[1], j * t_x.block_type.shape[2], 0], full.index(slot), ring.index(slot), needed)
 
 
 @gluon.jit
-def _arrived(ring, full, number, needed):
-    """The tile of this number, when it is there; if it is not needed, whatever the slot holds, for scores not used."""
-    slot = number & (SLOTS - 1)
-    mbarrier.wait(full.index(slot), number >> LOG_SLOTS & 1, pred=needed)
-    return _matrix(ring.index(slot))
+def _fetch_two(t_v, t_k, head, j, next_j, ring, full, number, needed):
+    """The same for values j and keys next_j, which are tiles number and number + 1 and arrive together."""
+    TILE: gl.constexpr = t_v.block_type.shape[2]
+    slot = ~number & (SLOTS - 1)
+    mbarrier.expect(full.index(slot), 2 * t_v.block_type.nbytes, pred=needed)
+    load(t_v, [head[0], head[1], j * TILE, 0], full.index(slot), ring.index(slot), needed)
+    load(t_k, [head[0], head[1], next_j * TILE, 0], full.index(slot), ring.index(~(number + 1) & (SLOTS - 1)), needed)
 
 
 @gluon.jit
-def _listed(p_list, i, n_list):
-    return gl.load(p_list + i, mask=i < n_list, other=0).to(gl.int32)
+def _tile(ring, number):
+    return _matrix(ring.index(~number & (SLOTS - 1)))
+
+
+@gluon.jit
+def _arrived(ring, full, number, needed):
+    """The tile of this number, when it is there; if it is not needed, whatever the slot holds, for scores not used."""
+    mbarrier.wait(full.index(~number & (SLOTS - 1)), number >> LOG_SLOTS & 1, pred=needed)
+    return _tile(ring, number)
+
+
+@gluon.jit
+def _listed(p_list, i):
+    """Tile i of the list, or anything if that ends before: it is read up to two tiles beyond its end."""
+    return gl.load(p_list + i).to(gl.int32)
 
 
 @gluon.jit
@@ -106,27 +132,80 @@ def _scores(q, s_k, b_unused):
 
 
 @gluon.jit
-def _above_causal(b_z, o_m, o_n, top, tau, c):
-    """u of a tile on the diagonal (see _above), 0 where key o_n comes after query o_m.
+def _seen(TILE: gl.constexpr):
+    """Of a tile on the diagonal, by blocks of 16 by 16, [TILE / 16, 2, 8, TILE / 8, 4, 2]: whether a key is in a block
+    before the query's, in that or before, and whether it does not come after the query if it is in its block.
 
-    In floating point, at full rate, and hidden from compilers, which would keep comparisons for the next time.
+    All is known of a thread's pairs but its warp's block and a comparison or two, so that little is left to compute.
     """
-    b_after, b_8 = (o_m + 1).to(gl.float32)[:, None] - (o_n & 7).to(gl.float32)[None, :], (o_n & -8).to(gl.float32)
-    return gl.inline_asm_elementwise(
-        "{ .reg .f32 w; sub.rn.sat.f32 w, $4, $5; fma.rn.sat.f32 $0, $1, $2, $3; mul.rn.f32 $0, $0, w; }",
-        "=f,f,f,f,f,f", [b_z, c, -(top * c + tau), b_after, b_8[None, :]], gl.float32, is_pure=True, pack=1,
-    )  # fmt: skip
+    auto: gl.constexpr = gl.AutoLayout()
+    o_16, o_2, o_8 = gl.arange(0, TILE // 16, auto), gl.arange(0, 2, auto), gl.arange(0, 8, auto)
+    query = o_2[None, :, None, None, None, None] * 8 + o_8[None, None, :, None, None, None]
+    own = o_16[:, None, None, None, None, None]
+    o_n, o_4, o_pair = gl.arange(0, TILE // 8, auto), gl.arange(0, 4, auto), gl.arange(0, 2, auto)
+    key = o_4[None, None, None, None, :, None] * 2 + o_pair[None, None, None, None, None, :]
+    key += (o_n & 1)[None, None, None, :, None, None] * 8
+    block = (o_n >> 1)[None, None, None, :, None, None]
+    return block < own, block <= own, key <= query
+
+
+@gluon.jit
+def _by_blocks(b_x):
+    TILE: gl.constexpr = b_x.shape[0]
+    return gl.reshape(b_x, [TILE // 16, 2, 8, TILE // 8, 4, 2])
+
+
+@gluon.jit
+def _whole(b_x, b_like):
+    """_by_blocks undone."""
+    return gl.convert_layout(gl.reshape(b_x, b_like.shape), b_like.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _causal(b_z):
+    """Scores of the tile on the diagonal, with -inf where the key comes after the query."""
+    before, upto, within = _seen(b_z.shape[0])
+    return _whole(gl.where(before | (upto & within), _by_blocks(b_z), -INFINITY), b_z)
+
+
+@gluon.jit
+def _above_causal(b_z, shift, c):
+    """u of the tile on the diagonal, c z - shift, 0 where the key comes after the query."""
+    before, upto, within = _seen(b_z.shape[0])
+    b_less = _by_blocks(gl.broadcast(-shift, b_z)[0])
+    b_less = gl.where(within, gl.where(upto, b_less, -INFINITY), gl.where(before, b_less, -INFINITY))
+    return _whole(_saturated(_by_blocks(b_z), c, b_less), b_z)
+
+
+@gluon.jit
+def _with_2(sum_8, b_x):
+    first, second = gl.split(b_x)
+    sum_8 += gl.convert_layout(first, sum_8.type.layout, assert_trivial=True)
+    return sum_8 + gl.convert_layout(second, sum_8.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _with_4(sum_8, b_x):
+    first, second = gl.split(b_x)
+    return _with_2(_with_2(sum_8, first), second)
+
+
+@gluon.jit
+def _with(sum_8, b_x):
+    """sum_8 [M, 8] and 8 parts of each row of b_x [M, 64], added one by one: products so become multiply-adds."""
+    first, second = gl.split(gl.permute(gl.reshape(b_x, [b_x.shape[0], 2, 2, 2, 8]), [0, 4, 1, 2, 3]))
+    return _with_4(_with_4(sum_8, first), second)
 
 
 @gluon.jit
 def _by_rows(x, row: gl.constexpr):
-    """Sums of 8 parts of each row -> of the rows, where each thread has what it needs of them."""
-    return gl.convert_layout(gl.sum(x, 1), row, assert_trivial=True)
+    """Sums of 8 parts of each row -> of the rows."""
+    return gl.convert_layout(gl.sum(x, 1), row)
 
 
 @gluon.jit(do_not_specialize=["T", "H", "n"])
 def _forward(
-    t_q, t_k, t_v, t_o, p_shift, p_list, p_map, p_alpha, scale, T, H, n, R: gl.constexpr, GROUP: gl.constexpr
+    t_q, t_k, t_before, t_v, t_o, p_shift, p_list, p_map, p_alpha, scale, T, H, n, R: gl.constexpr, GROUP: gl.constexpr
 ):  # fmt: skip
     TILE: gl.constexpr = t_q.block_type.shape[2]
     BD: gl.constexpr = t_q.block_type.shape[3]
@@ -134,7 +213,8 @@ def _forward(
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
     weights: gl.constexpr = gl.DotOperandLayout(0, output, 2)
-    row: gl.constexpr = gl.SliceLayout(1, scores)
+    wide: gl.constexpr = gl.SliceLayout(1, scores)  # two rows a thread, as tiles need them
+    row: gl.constexpr = gl.DistributedLinearLayout([], [[0], [8], [1], [2], [4]], [[16], [32]], [], [TILE])  # one
     line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     i_q = n - 1 - gl.program_id(0)  # the longest rows first
     head = gl.program_id(2), gl.program_id(1)
@@ -142,8 +222,7 @@ def _forward(
     p_list += (i_bh * n + i_q) * n
     p_map += (i_bh * n + i_q) * n * (TILE // 16)
     alpha, r, c = _parameters(p_alpha, scale, R)
-    o_m, o_n = gl.arange(0, TILE, row), gl.arange(0, TILE, gl.SliceLayout(0, scores))
-    o_q = i_q * TILE + o_m
+    o_q = i_q * TILE + gl.arange(0, TILE, row)
     # _places, in layouts that the compiler finds
     auto: gl.constexpr = gl.AutoLayout()
     places = gl.arange(0, 2, auto), gl.arange(0, 4, auto), gl.arange(0, 8, auto), gl.arange(0, TILE // 8, auto)
@@ -152,11 +231,11 @@ def _forward(
     ring = gl.allocate_shared_memory(dtype, [SLOTS] + t_q.block_type.shape, t_q.layout)
     full = make_barriers(SLOTS + 1)  # the last: of own
     fence_async_shared()
-    mbarrier.expect(full.index(SLOTS), 2 * t_q.block_type.nbytes)
+    mbarrier.expect(full.index(SLOTS), t_q.block_type.nbytes + t_k.block_type.nbytes + t_before.block_type.nbytes)
     load(t_q, [head[0], head[1], i_q * TILE, 0], full.index(SLOTS), own.index(0))
     load(t_k, [head[0], head[1], i_q * TILE, 0], full.index(SLOTS), own.index(1))
-    for first in gl.static_range(AHEAD + 1):  # number i is tile i_q - 1 - i
-        _fetch(t_k, head, i_q - 1 - first, ring, full, first, first < i_q)
+    slots = reinterpret(ring, dtype, t_before.block_type.shape, t_before.layout)
+    load(t_before, [head[0], head[1], (i_q - SLOTS) * TILE, 0], full.index(SLOTS), slots)
     o_128 = gl.arange(0, 128, line)
     for start in range(0, n * (TILE // 16), 128):  # nothing has support until it is found
         b_word = gl.zeros([128], p_map.dtype.element_ty, line)
@@ -168,50 +247,57 @@ def _forward(
     zero_8 = tl.sum(_parts(b_unused), 1)
     mbarrier.wait(full.index(SLOTS), 0)
     b_q = s_q.load(gl.DotOperandLayout(0, scores, 2))  # in registers until the output, whose sums need these
-    b_z = _scores(b_q, s_k, b_unused)
-    b_y = _scores(b_q, _arrived(ring, full, 0, i_q > 0), b_unused)
+    b_z, b_y = _scores(b_q, s_k, b_unused), _scores(b_q, _tile(ring, -SLOTS), b_unused)
     b_z, b_y = warpgroup_mma_wait(0, deps=(b_z, b_y))
-    b_z = gl.where(o_m[:, None] >= o_n[None, :], b_z, -INFINITY)
-    near = gl.where(i_q > 0, _max(b_y), -INFINITY)  # the first has none before it
-    top, floor = _larger(_max(b_z), near), zero - 1
+    b_z = _causal(b_z)
+    near = gl.where(i_q > 0, gl.convert_layout(_max(b_y), row), -INFINITY)  # the first has none before it
+    top, tau = _larger(gl.convert_layout(_max(b_z), row), near), zero - 1
     beyond = gl.where(i_q > 0, 0.0, INFINITY)
-    total_8, lower_8 = _sums(b_z, b_y, top, floor, beyond, c, r, R, EXACT)
     if R > 0:
-        step = _newton(_by_rows(total_8, row), _by_rows(lower_8, row), alpha, R, EXACT)[1]
-        floor += gl.maximum(step - 1e-6, 0.0)
-        total_8, lower_8 = _sums(b_z, b_y, top, floor, beyond, c, r, R, EXACT)
-    floor, most, total, lower = _rise_first(floor, _by_rows(total_8, row), _by_rows(lower_8, row), alpha, r, R, EXACT)
+        b_even, b_even_y = _even(b_z), _even(b_y)
+        shift = gl.convert_layout(top * c + tau, gl.SliceLayout(1, b_even.type.layout))[:, None]
+        total_8, _ = _sums(b_even, b_even_y, 0.0, shift, beyond, c, r, R, EXACT)
+        tau = _first_tau(_by_rows(total_8, row), alpha, R)
+    shift = gl.convert_layout(top * c + tau, wide)[:, None]
+    total_8, lower_8 = _sums(b_z, b_y, 0.0, shift, beyond, c, r, R, EXACT)
+    total, lower = _by_rows(total_8, row), _by_rows(lower_8, row)
+    floor, most, total, lower = _rise_first(tau, total, lower, 2 * TILE, alpha, r, R, EXACT)
 
-    # Then all others, backwards
-    n_list = gl.max((((near - top) * c >= floor) & (o_q < T)).to(gl.int32), 0)
-    gl.store(p_list, (i_q - 1).to(gl.int16), mask=n_list > 0)
+    # Then all others, backwards. Bit i of `bits`: whether tile i_q - done - i is to be listed
+    listed = gl.where(((near - top) * c >= floor) & (o_q < T), 1.0, 0.0)
+    n_list = gl.where(i_q == 1, 1, 0)
+    gl.store(p_list, gl.to_tensor(0).to(gl.int16), mask=i_q == 1)
     o_32 = gl.arange(0, 32, line)
-    b_z = _scores(b_q, _arrived(ring, full, 1, i_q > 1), b_unused)
-    for done in range(1, i_q, 32):
-        bits = _marks(zero_8)
+    single = i_q - SLOTS  # as many are fetched one by one
+    b_z = _scores(b_q, _tile(ring, 1 - SLOTS), b_unused)
+    for done in range(1, i_q, 31):
+        bits = _marks(zero_8 + gl.convert_layout(listed, gl.SliceLayout(1, zero_8.type.layout))[:, None])
+        listed = zero
         top_8, total_8, lower_8 = zero_8 - INFINITY, zero_8, zero_8
-        b_floor = gl.where(o_q < T, floor, INFINITY)[:, None]
-        for i in range(0, gl.minimum(i_q - done, 32)):
-            number = done + i
-            _fetch(t_k, head, i_q - 1 - AHEAD - number, ring, full, number + AHEAD, number + AHEAD < i_q)
+        shift = gl.convert_layout(gl.where(o_q < T, top * c + floor, INFINITY), wide)[:, None]
+        for i in range(1, gl.minimum(i_q - done, 31) + 1):
+            number = done + i - 1 - SLOTS
+            s_next = _arrived(ring, full, number + 1, (number + 1 >= 0) & (number + 1 < single))
             b_z = warpgroup_mma_wait(0, deps=(b_z,))
             top_8 = _larger(top_8, _max(_parts(b_z)))
-            b_u = _above_any(b_z, top[:, None], b_floor, c, R, EXACT)
-            b_z = _scores(b_q, _arrived(ring, full, number + 1, number + 1 < i_q), b_unused)
+            b_u = _above_any(b_z, 0.0, shift, c, R, EXACT)
+            b_z = _scores(b_q, s_next, b_unused)
+            j = single - 1 - AHEAD - number
+            _fetch(t_k, head, j, ring, full, number + AHEAD, j >= 0)
             b_p, b_lower = _powers(b_u, r, R)
-            p_8 = tl.sum(_parts(b_p), 1)
-            total_8, lower_8 = total_8 + p_8, lower_8 + tl.sum(_parts(b_lower), 1)
+            more_8 = tl.sum(_parts(b_lower), 1)
+            total_8, lower_8 = _with(total_8, b_p), lower_8 + more_8
             if R <= 0:  # where the maximum is NaN, so are the sums, and only that row is to be passed over
-                p_8 = gl.where(p_8 > 0, 1.0, 0.0)
-            bits |= _marks(p_8) << i
-        new_top = gl.convert_layout(_max(top_8), row, assert_trivial=True)
+                more_8 = gl.where(more_8 > 0, 1.0, 0.0)
+            bits |= _marks(more_8) << i
+        new_top = gl.convert_layout(_max(top_8), row)
         new_total, new_lower = _unscaled(_by_rows(total_8, row), _by_rows(lower_8, row), R, EXACT)
         top, floor, most, total, lower = _rise(
             top, floor, most, total, lower, new_top, new_total, new_lower, c, alpha, r, R, EXACT
         )
         word = _word(bits)
         p_place = p_list + (n_list + _ones(word & ((1 << o_32) - 1)))
-        gl.store(p_place, (i_q - 1 - done - o_32).to(gl.int16), mask=(word >> o_32 & 1) > 0)
+        gl.store(p_place, (i_q - done - o_32).to(gl.int16), mask=(word >> o_32 & 1) > 0)
         n_list += _ones(word)
     b_z = warpgroup_mma_wait(0, deps=(b_z,))
     tl.debug_barrier()  # the list is read by all from here
@@ -220,24 +306,26 @@ def _forward(
     floor, ceiling = _bounds(floor, o_q, T, alpha, R)
     tau = gl.maximum(gl.minimum(_guess(floor, total, lower, r, R, EXACT), ceiling), floor)
     tolerance: gl.constexpr = _tolerance(dtype)
-    go, number = gl.to_tensor(1), i_q
+    go, number = gl.to_tensor(1), gl.maximum(single, 0)
     while go > 0:
         for first in gl.static_range(AHEAD):
-            _fetch(t_k, head, _listed(p_list, first, n_list), ring, full, number + first, first < n_list)
+            _fetch(t_k, head, _listed(p_list, first), ring, full, number + first, first < n_list)
+        shift = gl.convert_layout(top * c + tau, wide)[:, None]
         b_z = warpgroup_mma_wait(0, deps=(_scores(b_q, s_k, b_unused),))
-        b_u = _above_causal(b_z, o_m, o_n, top[:, None], tau[:, None], c)
+        b_u = _above_causal(b_z, shift, c)
         b_z = _scores(b_q, _arrived(ring, full, number, n_list > 0), b_unused)
         b_p, b_lower = _powers(b_u, r, R)
         total_8, lower_8 = tl.sum(_parts(b_p), 1), tl.sum(_parts(b_lower), 1)
         for i in range(0, n_list):
-            j = _listed(p_list, i + AHEAD, n_list)
-            _fetch(t_k, head, j, ring, full, number + AHEAD, i + AHEAD < n_list)
+            j = _listed(p_list, i + AHEAD)
+            s_next = _arrived(ring, full, number + 1, i + 1 < n_list)
             b_z = warpgroup_mma_wait(0, deps=(b_z,))
-            b_u = _above(b_z, top[:, None], tau[:, None], c, EXACT)
+            b_u = _above(b_z, 0.0, shift, c, EXACT)
+            b_z = _scores(b_q, s_next, b_unused)
+            _fetch(t_k, head, j, ring, full, number + AHEAD, i + AHEAD < n_list)
             number += 1
-            b_z = _scores(b_q, _arrived(ring, full, number, i + 1 < n_list), b_unused)
             b_p, b_lower = _powers(b_u, r, R)
-            total_8, lower_8 = total_8 + tl.sum(_parts(b_p), 1), lower_8 + tl.sum(_parts(b_lower), 1)
+            total_8, lower_8 = _with(total_8, b_p), lower_8 + tl.sum(_parts(b_lower), 1)
         b_z = warpgroup_mma_wait(0, deps=(b_z,))
         total, lower = _by_rows(total_8, row), _by_rows(lower_8, row)
         new_tau, unsettled = _next_tau(tau, total, lower, floor, ceiling, go, tolerance, alpha, r, R, EXACT)
@@ -245,35 +333,34 @@ def _forward(
         tau = new_tau
         go = gl.where(go < MAX_SWEEPS, go + 1, 0) * gl.max(moving.to(gl.int32), 0)
 
-    # The output, and which groups of keys and queries have support. Values and next keys are fetched by turns
+    # The output, and which groups of keys and queries have support. Values come with the keys that are next
     nan = _any_of_16((top != top) & (o_q < T))  # has support, though u be 0
-    j, next_j = _listed(p_list, 0, n_list), _listed(p_list, 1, n_list)
-    _fetch(t_v, head, i_q, ring, full, number, True)
-    _fetch(t_k, head, j, ring, full, number + 1, n_list > 0)
-    _fetch(t_v, head, j, ring, full, number + 2, n_list > 0)
-    _fetch(t_k, head, next_j, ring, full, number + 3, n_list > 1)
+    j, next_j = _listed(p_list, 0), _listed(p_list, 1)
+    _fetch_two(t_v, t_k, head, i_q, j, ring, full, number, True)
+    _fetch_two(t_v, t_k, head, j, next_j, ring, full, number + 2, n_list > 0)
+    shift = gl.convert_layout(top * c + tau, wide)[:, None]
     b_z = warpgroup_mma_wait(0, deps=(_scores(s_q, s_k, b_unused),))
-    b_p = _powers(_above_causal(b_z, o_m, o_n, top[:, None], tau[:, None], c), r, R)[0]
+    b_p = _powers(_above_causal(b_z, shift, c), r, R)[0]
     total_8, b_o = tl.sum(_parts(b_p), 1), gl.zeros([TILE, BD], gl.float32, output)
     b_p = gl.convert_layout(b_p.to(dtype), weights)
     b_o = warpgroup_mma(b_p, _arrived(ring, full, number, True), b_o, use_acc=False, is_async=True)
-    b_z = _scores(s_q, _arrived(ring, full, number + 1, n_list > 0), b_unused)
+    b_z = _scores(s_q, _tile(ring, number + 1), b_unused)
     for i in range(0, n_list):
+        number += 2
+        s_v = _arrived(ring, full, number, True)
         b_z, b_o = warpgroup_mma_wait(0, deps=(b_z, b_o))
-        this_j, j, next_j = j, next_j, _listed(p_list, i + 2, n_list)
-        _fetch(t_v, head, j, ring, full, number + 4, i + 1 < n_list)
-        _fetch(t_k, head, next_j, ring, full, number + 5, i + 2 < n_list)
-        b_p = _powers(_above(b_z, top[:, None], tau[:, None], c, EXACT), r, R)[0]
+        this_j, j, next_j = j, next_j, _listed(p_list, i + 2)
+        _fetch_two(t_v, t_k, head, j, next_j, ring, full, number + 2, i + 1 < n_list)
+        b_p = _powers(_above(b_z, 0.0, shift, c, EXACT), r, R)[0]
         p_8 = tl.sum(_parts(b_p), 1)
         total_8 += p_8
         words = _support(b_p, p_8, places, GROUP, EXACT)
         words |= -gl.convert_layout(nan, words.type.layout)
         o_word = gl.arange(0, TILE // 16, words.type.layout)
         _store_words(p_map + this_j * (TILE // 16) + o_word, words)
-        number += 2
         b_p = gl.convert_layout(b_p.to(dtype), weights)
-        b_o = warpgroup_mma(b_p, _arrived(ring, full, number, True), b_o, is_async=True)
-        b_z = _scores(s_q, _arrived(ring, full, number + 1, i + 1 < n_list), b_unused)
+        b_o = warpgroup_mma(b_p, s_v, b_o, is_async=True)
+        b_z = _scores(s_q, _tile(ring, number + 1), b_unused)
     b_z, b_o = warpgroup_mma_wait(0, deps=(b_z, b_o))
 
     total = _by_rows(total_8, row)
@@ -291,10 +378,13 @@ def _forward(
 
 def forward(q, k, v, out, shift, p_list, tile_map, alpha, scale, options):
     """What _forward of kernels.py does, which takes the same as p_q and so on; options: of _options."""
-    dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
-    block = [1, 1, options["TILE"], options["BD"]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    tiles = (TensorDescriptor.from_tensor(x, block, layout) for x in (q, k, v, out))
+    dtype, (TILE, BD) = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16, (options["TILE"], options["BD"])
+
+    def tiles(x, n=1):
+        block = [1, 1, n * TILE, BD]
+        return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+
     constant = {name: options[name] for name in ("T", "H", "n", "R", "GROUP", "num_warps", "maxnreg")}
     grid = options["n"], q.shape[1], q.shape[0]
-    _forward[grid](*tiles, shift, p_list, tile_map, alpha, scale, **constant)
+    before = tiles(k, SLOTS.value)
+    _forward[grid](tiles(q), tiles(k), before, tiles(v), tiles(out), shift, p_list, tile_map, alpha, scale, **constant)

@@ -379,27 +379,47 @@ def _shrink(total, lower, before, after, r, R: tl.constexpr, EXACT: tl.constexpr
 def _sums(b_z, b_y, top, tau, beyond, c, r, R: tl.constexpr, EXACT: tl.constexpr):
     """Of two tiles of the same rows: sum u^r and sum u^(r - 1), of 8 parts of a row. beyond: 0, or infinity for the
     second tile to be left out."""
-    b_p, b_lower = _powers(_above(b_z, top[:, None], tau[:, None], c, EXACT), r, R)
+    b_p, b_lower = _powers(_above(b_z, top, tau, c, EXACT), r, R)
     total_8, lower_8 = tl.sum(_parts(b_p), 1), tl.sum(_parts(b_lower), 1)
-    b_p, b_lower = _powers(_above(b_y, top[:, None], (tau + beyond)[:, None], c, EXACT), r, R)
+    b_p, b_lower = _powers(_above(b_y, top, tau + beyond, c, EXACT), r, R)
     return total_8 + tl.sum(_parts(b_p), 1), lower_8 + tl.sum(_parts(b_lower), 1)
 
 
 @triton.jit
-def _nearer(floor, step, far, EXACT: tl.constexpr):
-    """What to multiply a floor by, given a step upwards, which is of no use if far."""
-    inverse = _inverse(floor, EXACT)
-    f = tl.where(far, 1.0, 1 + step * inverse + 1e-6)  # 1e-6 is for rounding
-    return tl.maximum(tl.minimum(f, tl.minimum(-inverse, 1.0)), 1e-6)  # floors are < 0 and end up at -1 or above
+def _even(b_x):
+    """Every other column, from those that a thread has."""
+    return tl.split(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // 2, 2]))[0]
 
 
 @triton.jit
-def _rise_first(floor, total, lower, alpha, r, R: tl.constexpr, EXACT: tl.constexpr):
-    """_rise for the first keys, whose sums are not estimates."""
-    f = _nearer(floor, _newton(total, lower, alpha, R, EXACT)[1], False, EXACT)
-    most = lower * _power(f, r, R)
-    total, lower = _shrink(total, lower, -floor, -floor * f, r, R, EXACT)
-    return floor * f, most, tl.maximum(total, 1.0), tl.maximum(lower, 1.0)
+def _first_tau(total, alpha, R: tl.constexpr):
+    """Where to take the sums of the first keys, given S / 2, sum u^r at -1 of half of them.
+
+    tau is -1 where the largest key has it all, and -S^(1 - alpha) where S keys are as large. 0.6 of the way between is
+    near the root, with trained, Gaussian and nearly equal scores alike.
+    """
+    return -1 + 0.6 * (1 - _equal(tl.maximum(2 * total, 1.0), alpha, R))
+
+
+@triton.jit
+def _moved(tau, step, furthest, EXACT: tl.constexpr):
+    """What to multiply tau by for Newton's step, `furthest` at most. The result is -1 or above, and below 0."""
+    inverse = _inverse(tau, EXACT)
+    f = 1 + step * inverse + 1e-6  # which is for rounding
+    return tl.maximum(tl.minimum(f, tl.minimum(-inverse, furthest)), 1e-6)
+
+
+@triton.jit
+def _rise_first(tau, total, lower, N: tl.constexpr, alpha, r, R: tl.constexpr, EXACT: tl.constexpr):
+    """_rise for the first keys, N or fewer: the floor that follows from their sums at tau, on either side of it."""
+    f = _moved(tau, _newton(total, lower, alpha, R, EXACT)[1], INFINITY, EXACT)
+    most = lower * _power(tl.minimum(f, 1.0), r, R)
+    if R == 2:  # back from there, any of them may have a u that is larger by the step
+        most += N * tl.maximum(tau - tau * f, 0.0)
+    elif R == 1:
+        most = tl.where(f > 1, 1.0 * N, most)
+    total, lower = _shrink(total, lower, -tau, -tau * f, r, R, EXACT)
+    return tau * f, most, tl.maximum(total, 1.0), tl.maximum(lower, 1.0)
 
 
 @triton.jit
@@ -416,7 +436,7 @@ def _rise(
     new_floor = floor - (both - top) * c
     far = new_floor < -LIMIT  # maxima far above what was: u may have saturated
     _, step = _newton(1 + new_total, most + new_lower, alpha, R, EXACT)
-    f = _nearer(new_floor, step, far, EXACT)
+    f = _moved(new_floor, tl.where(far, 0.0, step), 1.0, EXACT)
     old_f = tl.maximum(1 - new_floor * _inverse(floor, EXACT) * (1 - f), 1e-6)
     # each u, at most the distance to the maximum, shrinks by f or more; from far away to 1 or less, of up to 1e6 keys
     most = most * _power(old_f, r, R) + tl.where(far, 1e6, new_lower * _power(f, r, R))
@@ -486,14 +506,14 @@ def _forward(
     b_y = _dot(b_q, tl.trans(_load_last(p_k, s_t, i_q - 1, tl.where(i_q > 0, T, -TILE), D, BD, TILE)), None)
     b_z = _causal(_dot(b_q, tl.trans(_load_last(p_k, s_t, i_q, T, D, BD, TILE)), None), o_q, i_q)
     near = tl.where(i_q > 0, _max(b_y), -INFINITY)  # the first has none before it
-    top, floor = _larger(_max(b_z), near), zero - 1
+    top, tau = _larger(_max(b_z), near), zero - 1
     beyond = tl.where(i_q > 0, 0.0, INFINITY)
-    total_8, lower_8 = _sums(b_z, b_y, top, floor, beyond, c, r, R, EXACT)
-    if R > 0:  # where that costs less than it saves later, from nearer to the root of these keys
-        step = _newton(tl.sum(total_8, 1), tl.sum(lower_8, 1), alpha, R, EXACT)[1]
-        floor += tl.maximum(step - 1e-6, 0.0)
-        total_8, lower_8 = _sums(b_z, b_y, top, floor, beyond, c, r, R, EXACT)
-    floor, most, total, lower = _rise_first(floor, tl.sum(total_8, 1), tl.sum(lower_8, 1), alpha, r, R, EXACT)
+    if R > 0:  # where that costs less than it saves later
+        total_8, _ = _sums(_even(b_z), _even(b_y), top[:, None], tau[:, None], beyond, c, r, R, EXACT)
+        tau = _first_tau(tl.sum(total_8, 1), alpha, R)
+    total_8, lower_8 = _sums(b_z, b_y, top[:, None], tau[:, None], beyond, c, r, R, EXACT)
+    total, lower = tl.sum(total_8, 1), tl.sum(lower_8, 1)
+    floor, most, total, lower = _rise_first(tau, total, lower, 2 * TILE, alpha, r, R, EXACT)
 
     # Then all others, backwards: the row maxima, and the list of the tiles that exceed the floor somewhere
     n_list = tl.max((((near - top) * c >= floor) & (o_q < T)).to(tl.int32), 0)
@@ -580,11 +600,14 @@ def _forward(
 def _mend(
     p_q, p_k, p_v, p_o, p_shift, p_map, p_alpha, scale, heads, T, H, n, s_b, s_h, s_t,
     R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TILE: tl.constexpr, EXACT: tl.constexpr, GROUP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Once more those blocks of queries that _forward has marked, by Newton's steps from where it ended.
 
     A program has 128 blocks to look after, the last one fewer: of `heads` heads, n each.
     """
+    if EARLY:  # launched while _forward runs
+        tl.extra.cuda.gdc_wait()
     alpha, r, c = _parameters(p_alpha, scale, R)
     o_block = tl.program_id(0).to(tl.int64) * 128 + tl.arange(0, 128)
     p_own = p_map + (o_block * n + o_block % n)[:, None] * (TILE // 16) + tl.arange(0, TILE // 16)[None, :]
@@ -901,18 +924,19 @@ def _attend(
     out, (top, shift, tile_map) = heads_last(q), _saved(q)
     n, options, *_ = _options(q, r)
     heads = q.shape[0] * q.shape[1]
-    p_list = torch.empty(heads, n, n, dtype=torch.int16, device=q.device)
+    p_list = torch.empty(heads * n * n + 2, dtype=torch.int16, device=q.device)  # two more, see forward_hopper.py
     shared = dict(p_q=q, p_k=k, p_v=v, p_o=out, p_shift=shift, p_map=tile_map, p_alpha=alpha, scale=scale)
     shared |= _strides(q) | options
     with torch.cuda.device_of(q):  # Triton launches on the current one
-        if _on_hopper(q, k, v):
+        on_hopper = _on_hopper(q, k, v)
+        if on_hopper:
             from adasplash_kernels import forward_hopper  # here, as others' Triton may lack Gluon
 
             forward_hopper.forward(q, k, v, out, shift, p_list, tile_map, alpha, scale, options)
         else:
             _forward[n, q.shape[1], q.shape[0]](p_top=top, p_list=p_list, **shared)
         if not options["EXACT"]:
-            _mend[triton.cdiv(heads * n, 128),](heads=heads, **shared)
+            _mend[triton.cdiv(heads * n, 128),](heads=heads, EARLY=on_hopper, launch_pdl=on_hopper, **shared)
     return out, top, shift, tile_map
 
 

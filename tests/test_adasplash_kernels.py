@@ -284,7 +284,7 @@ def test_groups_of_long_sequences_visited(group, dtype, monkeypatch):
         check(*normal_inputs(1, 2, 150, 150, 16, 2, dtype, spread=spread), 1.5)
 
 
-@pytest.mark.parametrize("seed", (1, 9))
+@pytest.mark.parametrize("seed", (2, 12))
 def test_half_precision_of_keys_just_below_the_threshold(seed):
     assert clustered_error(4, 160, seed, torch.bfloat16) < 0.025
     assert clustered_error(4, 160, seed, torch.float16) < 0.002
@@ -398,7 +398,8 @@ def test_kernels_fit_other_gpus(T, dtype):
     launched = [(kernels._forward, forward), (kernels._mend, forward), (kernels._lists, lists)]
     launched += [(kernels._query_gradient, for_queries), (kernels._key_value_gradient, for_keys)]
     for kernel, chosen in launched:
-        constants, divisible = chosen | {"p_alpha": None, "s_t": 128, "s_ot": 128, "s_dt": 128}, {}
+        constants = chosen | {"p_alpha": None, "s_t": 128, "s_ot": 128, "s_dt": 128, "EARLY": False}
+        divisible = {}
         signature = {}
         for i, name in enumerate(kernel.arg_names):
             constant, tensor = kernel.params[i].is_constexpr or name == "p_alpha", name.startswith("p_")
@@ -461,7 +462,8 @@ def compile_forward_for_hopper():
     for compiled in kernel.compiled:
         assert compiled.metadata.shared <= 57_344
         ptx = compiled.asm["ptx"]
-        assert unguarded_copies(ptx) == (17, set())
+        assert unguarded_copies(ptx) == (14, set())
+        assert not scattered_reductions(compiled.asm["ttgir"])
         # and each of the three loops has a barrier without which that would not be so
         loops = re.findall(
             r"(?ms)^(\$L__BB\w+):((?:(?!^\$L__BB).)*?tensor\.4d\.shared(?:(?!^\$L__BB).)*?bra\s+\1;)", ptx
