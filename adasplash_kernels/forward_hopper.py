@@ -121,7 +121,7 @@ def _arrived(ring, full, number, needed):
 
 @gluon.jit
 def _listed(p_list, i):
-    """Tile i of the list, or anything if that ends before: it is read up to two tiles beyond its end."""
+    """Tile i of the list, or anything beyond its end: i is n + 1 at most, where the list has n places."""
     return gl.load(p_list + i).to(gl.int32)
 
 

@@ -403,7 +403,7 @@ def _first_tau(total, alpha, R: tl.constexpr):
 
 @triton.jit
 def _moved(tau, step, furthest, EXACT: tl.constexpr):
-    """What to multiply tau by for Newton's step, `furthest` at most. The result is -1 or above, and below 0."""
+    """What to multiply tau by for Newton's step, `furthest` at most, so that it stays below 0, and is -1 or above."""
     inverse = _inverse(tau, EXACT)
     f = 1 + step * inverse + 1e-6  # which is for rounding
     return tl.maximum(tl.minimum(f, tl.minimum(-inverse, furthest)), 1e-6)
@@ -606,7 +606,7 @@ def _mend(
 
     A program has 128 blocks to look after, the last one fewer: of `heads` heads, n each.
     """
-    if EARLY:  # launched while _forward runs
+    if EARLY:  # its launch is prepared while _forward runs
         tl.extra.cuda.gdc_wait()
     alpha, r, c = _parameters(p_alpha, scale, R)
     o_block = tl.program_id(0).to(tl.int64) * 128 + tl.arange(0, 128)

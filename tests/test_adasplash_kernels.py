@@ -452,13 +452,18 @@ def compile_forward_for_hopper():
     from adasplash_kernels import forward_hopper, kernels
 
     forward_hopper._forward = kernel = CompileForHopper(forward_hopper._forward)
+    mend = CompileForHopper(kernels._mend)
     for D, dtype, T, r in ((64, torch.bfloat16, 1024, 2), (24, torch.float16, 300, 1), (64, torch.bfloat16, 9000, 0)):
         q, alpha = torch.empty(2, 3, T, D, dtype=dtype), None if r else torch.tensor([1.3])
         _, shift, tile_map = kernels._saved(q)
         n, options, *_ = kernels._options(q, r)
-        p_list = torch.empty(6, n, n, dtype=torch.int16)
+        p_list = torch.empty(6 * n * n + 2, dtype=torch.int16)
         forward_hopper.forward(q, q, q, kernels.heads_last(q), shift, p_list, tile_map, alpha, 0.1, options)
-    assert len(kernel.compiled) == 3
+        shared = dict(p_q=q, p_k=q, p_v=q, p_o=q, p_shift=shift, p_map=tile_map, p_alpha=alpha, scale=0.1)
+        mend[1,](heads=6, EARLY=True, launch_pdl=True, **shared, **kernels._strides(q), **options)
+    assert len(kernel.compiled) == len(mend.compiled) == 3
+    for compiled in mend.compiled:  # it looks at nothing before the forward is through
+        assert re.search(r"griddepcontrol\.wait|(?:ld|st)\.global", compiled.asm["ptx"])[0] == "griddepcontrol.wait"
     for compiled in kernel.compiled:
         assert compiled.metadata.shared <= 57_344
         ptx = compiled.asm["ptx"]
