@@ -229,7 +229,7 @@ def _forward(
 
     own = gl.allocate_shared_memory(dtype, [2] + t_q.block_type.shape, t_q.layout)  # queries and keys of the diagonal
     ring = gl.allocate_shared_memory(dtype, [SLOTS] + t_q.block_type.shape, t_q.layout)
-    full = make_barriers(SLOTS + 1)  # the last: of own
+    full = make_barriers(SLOTS + 1)  # the last: of what is loaded first
     fence_async_shared()
     mbarrier.expect(full.index(SLOTS), t_q.block_type.nbytes + t_k.block_type.nbytes + t_before.block_type.nbytes)
     load(t_q, [head[0], head[1], i_q * TILE, 0], full.index(SLOTS), own.index(0))
@@ -265,7 +265,7 @@ def _forward(
 
     # Then all others, backwards. Bit i of `bits`: whether tile i_q - done - i is to be listed
     listed = gl.where(((near - top) * c >= floor) & (o_q < T), 1.0, 0.0)
-    n_list = gl.where(i_q == 1, 1, 0)
+    n_list = gl.where(i_q == 1, 1, 0)  # the second block has but one before it, and does not ask
     gl.store(p_list, gl.to_tensor(0).to(gl.int16), mask=i_q == 1)
     o_32 = gl.arange(0, 32, line)
     single = i_q - SLOTS  # as many are fetched one by one

@@ -377,8 +377,10 @@ def _shrink(total, lower, before, after, r, R: tl.constexpr, EXACT: tl.constexpr
 
 @triton.jit
 def _sums(b_z, b_y, top, tau, beyond, c, r, R: tl.constexpr, EXACT: tl.constexpr):
-    """Of two tiles of the same rows: sum u^r and sum u^(r - 1), of 8 parts of a row. beyond: 0, or infinity for the
-    second tile to be left out."""
+    """Of two tiles of the same rows: sum u^r and sum u^(r - 1), of 8 parts of a row.
+
+    top and tau: [rows, 1], or a number; beyond: 0, or infinity for the second tile to be left out.
+    """
     b_p, b_lower = _powers(_above(b_z, top, tau, c, EXACT), r, R)
     total_8, lower_8 = tl.sum(_parts(b_p), 1), tl.sum(_parts(b_lower), 1)
     b_p, b_lower = _powers(_above(b_y, top, tau + beyond, c, EXACT), r, R)
@@ -924,7 +926,7 @@ def _attend(
     out, (top, shift, tile_map) = heads_last(q), _saved(q)
     n, options, *_ = _options(q, r)
     heads = q.shape[0] * q.shape[1]
-    p_list = torch.empty(heads * n * n + 2, dtype=torch.int16, device=q.device)  # two more, see forward_hopper.py
+    p_list = torch.empty(heads * n * n + 2, dtype=torch.int16, device=q.device)  # Hopper's reads two more
     shared = dict(p_q=q, p_k=k, p_v=v, p_o=out, p_shift=shift, p_map=tile_map, p_alpha=alpha, scale=scale)
     shared |= _strides(q) | options
     with torch.cuda.device_of(q):  # Triton launches on the current one

@@ -203,6 +203,17 @@ def test_extreme_scores(scores, alpha):
         check(*exact_inputs(*EXTREMES[scores], dtype=dtype), alpha, scale=1.0)
 
 
+@pytest.mark.parametrize("place", (160, 161))
+@pytest.mark.parametrize("n_far", (1, 40))
+@pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0))
+def test_far_keys_that_take_from_a_near_one(alpha, n_far, place):
+    """That had all the weight before. In an even place it counts twice in the first guess, which is too high then."""
+    scores = torch.full((200,), -30.0)
+    scores[place] = 0
+    scores[:n_far] = -torch.linspace(0.7, 0.9, n_far) / (alpha - 1)
+    check(*exact_inputs(scores), alpha, scale=1.0)
+
+
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_rows_sum_to_one(alpha):
     q, k, _, _ = normal_inputs(2, 2, 90, 90, 16)
