@@ -1,25 +1,20 @@
-"""A transformer's two layers with GELU between, of whose two wide tensors only one is kept for the backward pass.
+"""A transformer's two layers with GELU between, and the norm before them; for the backward pass little is kept.
 
-That is GELU's argument, z. GELU(z), as large, is computed again by the kernel that also takes the gradient through GELU
-and sums it up for the bias. On Hopper that, and GELU itself, are done before the matrix products that they follow are
-stored (mlp_hopper.py): the wide tensors are written once, and z is read once.
+That is the sum along the residual stream, and GELU's argument, z. GELU(z), as large, is computed again by the kernel
+that also takes the gradient through GELU and sums it up for the bias; and the norm by the one that takes it through
+that (see add_norm.py). On Hopper GELU and its gradient are done before the matrix products that they follow are stored
+(mlp_hopper.py): the wide tensors are written once, and z is read once.
 """
-
-import os
 
 import torch
 import torch.nn.functional as F
 
-try:
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError:
-    triton = None  # not on this platform
+from add_norm import add_norm_gradient, add_norm_rows, takes_kernel, triton
 
 ROWS = 128  # of which a kernel gives one sum
 
 if triton is not None:
-    INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs on CPU tensors, in Python
+    import triton.language as tl
 
     @triton.jit
     def _gelu_gradient(p_z, p_d, p_a, p_sums, N, C, ROWS: tl.constexpr, A: tl.constexpr, COLUMNS: tl.constexpr):
@@ -41,11 +36,6 @@ if triton is not None:
             tl.store(p_d + first + o, b_d.to(p_d.dtype.element_ty), mask=mask)
             b_sum += b_d
         tl.store(p_sums + i_rows * C + o_c, tl.sum(b_sum, 0), mask=o_c < C)
-
-
-def takes_kernel(x):
-    """Whether tensors like x go to a Triton kernel: in float32 or 16 bits, on a GPU or to the interpreter."""
-    return triton is not None and (x.is_cuda or INTERPRETED) and x.dtype != torch.float64
 
 
 def _takes_products(x, weight):
@@ -112,24 +102,28 @@ class _MLP(torch.autograd.Function):
     """Only what is fused is an operator of its own: the compiler sees, and calls, the other matrix products."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, out_weight):
-        z, a = linear_gelu(x, weight, bias)
-        ctx.save_for_backward(x, z, weight, out_weight)
-        ctx.bias_dtype = bias.dtype
-        return a @ out_weight.T
+    def forward(ctx, x, y, y_bias, norm_weight, norm_bias, eps, weight, bias, out_weight):
+        x, h = add_norm_rows(x, y, y_bias, norm_weight, norm_bias, eps)
+        z, a = linear_gelu(h, weight, bias)
+        ctx.save_for_backward(x, norm_weight, norm_bias, z, weight, out_weight)
+        ctx.eps, ctx.bias_dtype = eps, bias.dtype
+        return x, a @ out_weight.T
 
     @staticmethod
-    def backward(ctx, dy):
-        x, z, weight, out_weight = ctx.saved_tensors
+    def backward(ctx, dx, dy):
+        x, norm_weight, norm_bias, z, weight, out_weight = ctx.saved_tensors
         a, dz, sums = linear_gelu_gradient(dy, out_weight, z)
-        return dz @ weight, dz.T @ x, sums.sum(0).to(ctx.bias_dtype), dy.T @ a
+        dx, h, norm_sums = add_norm_gradient(x, norm_weight, norm_bias, dx, dz @ weight, ctx.eps, True)
+        dnorm_weight, dnorm_bias, dy_bias = norm_sums.sum(0).to(norm_weight.dtype).unbind(0)
+        dbias = sums.sum(0).to(ctx.bias_dtype)
+        return dx, dx, dy_bias, dnorm_weight, dnorm_bias, None, dz.T @ h, dbias, dy.T @ a
 
 
-def mlp(x, weight, bias, out_weight):
-    """GELU(x weight^T + bias) out_weight^T, (N, C).
+def add_norm_mlp(x, y, y_bias, norm, weight, bias, out_weight):
+    """x + y + y_bias, and GELU(h weight^T + bias) out_weight^T, where h is the norm of the first: (N, C) both.
 
     GELU by tanh: Hendrycks and Gimpel, arXiv 1606.08415, section 2.
-    x (N, C), weight (W, C) and out_weight (C, W) of one dtype, that of autocast where it is on; bias (W) of that or a
-    wider one.
+    x and y (N, C), weight (W, C) and out_weight (C, W) of one dtype, that of autocast where it is on; y_bias (C), bias
+    (W), and weight and bias of norm, an nn.LayerNorm, of that or a wider one.
     """
-    return _MLP.apply(x, weight, bias, out_weight)
+    return _MLP.apply(x, y, y_bias, norm.weight, norm.bias, norm.eps, weight, bias, out_weight)

@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from adasplash_kernels import SOFTMAX, causal_entmax_attention, causal_entmax_attention_qkvpacked
+from add_norm import add_norm
 from cli import UserError
 from cross_entropy import ROWS, head_loss
-from mlp import mlp
+from mlp import add_norm_mlp
 from qkv import queries_keys_values
 
 SIZES = {  # layers, heads, channels
@@ -69,7 +70,10 @@ class Attention(nn.Module):
         self.entmax = config.attention == "entmax"
 
     def forward(self, x, past=None):
-        """x: (B, T, C). past: None, or a list that holds this layer's keys and values so far and is extended."""
+        """x: (B, T, C) -> the same, without the last bias, which Block adds.
+
+        past: None, or a list that holds this layer's keys and values so far and is extended.
+        """
         B, T, C = x.shape
         if x.is_cuda and not self.entmax:
             weight, bias = rounded(self.c_attn.weight), self.c_attn.bias
@@ -87,7 +91,7 @@ class Attention(nn.Module):
             y = causal_entmax_attention_qkvpacked(qkv, self.alpha)
         else:
             y = causal_entmax_attention(q, k, v, self.alpha)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.linear(y.transpose(1, 2).reshape(B, T, C), self.c_proj.weight)
 
 
 class MLP(nn.Module):
@@ -96,12 +100,14 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x):
+    def forward(self, x, y, y_bias, norm):
+        """The residual stream, x + y + y_bias, and what the layers make of its norm, without the last bias."""
         if not x.is_cuda:
-            return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
-        rows = rounded(x).flatten(0, 1)  # the same up to rounding, in less memory and time
-        y = mlp(rows, rounded(self.c_fc.weight), self.c_fc.bias, rounded(self.c_proj.weight))
-        return y.view_as(x) + rounded(self.c_proj.bias)
+            x, h = add_norm(x, y, y_bias, norm)
+            return x, F.linear(F.gelu(self.c_fc(h), approximate="tanh"), self.c_proj.weight)
+        rows = x.flatten(0, 1), y.flatten(0, 1)  # the same up to rounding, in less memory and time
+        weight, out_weight = rounded(self.c_fc.weight), rounded(self.c_proj.weight)
+        return [z.view_as(x) for z in add_norm_mlp(*rows, y_bias, norm, weight, self.c_fc.bias, out_weight)]
 
 
 class Block(nn.Module):
@@ -112,9 +118,12 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, past=None):
-        x = x + self.attn(self.ln_1(x), past)
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x, h, past=None):
+        """The residual stream x and h = ln_1(x) -> the stream after attention, and what is yet to join it.
+
+        Layers leave their last bias to add_norm, by which their output joins the stream.
+        """
+        return self.mlp(x, self.attn(h, past), self.attn.c_proj.bias, self.ln_2)
 
 
 def rounded(x):
@@ -185,9 +194,14 @@ class GPT(nn.Module):
         start = past[0][0].shape[2] if past and past[0] else 0
         # in 16 bits from here, if any: half the traffic of the sums along the residual stream
         x = rounded(self.wte(tokens) + self.wpe.weight[start : start + tokens.shape[1]])
+        h = self.h[0].ln_1(x)
         for i, block in enumerate(self.h):
-            x = block(x, past[i] if past is not None else None)
-        return self.ln_f(x)
+            x, y = block(x, h, past[i] if past is not None else None)
+            y_bias = block.mlp.c_proj.bias
+            if block is not self.h[-1]:
+                x, h = add_norm(x, y, y_bias, self.h[i + 1].ln_1)
+        # not by add_norm: at head_loss Inductor writes out all operators that led there, twice as many with each layer
+        return self.ln_f(x + y + rounded(y_bias))
 
     def logits(self, x):
         """x: (B, T, C) hidden states -> (B, T, V) logits over the real vocabulary."""

@@ -5,7 +5,8 @@ These have to be put together for the projection's matrix products, and summed u
 
 import torch
 
-from mlp import ROWS, takes_kernel, triton
+from add_norm import takes_kernel, triton
+from mlp import ROWS
 
 if triton is not None:
     import triton.language as tl

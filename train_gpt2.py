@@ -681,32 +681,38 @@ def load_optimizer(optimizer, state):
 def compile_model(model):
     """A GPT, compiled for one shape of batches and replayed as CUDA graphs where there is CUDA.
 
-    What a graph returned, its next replay overwrites. So gradients add up in tensors of their own, which have to stay:
-    zero_grad(set_to_none=False).
+    What a graph returned, its next replay overwrites.
     """
+    return torch.compile(model, dynamic=False, fullgraph=True, mode="reduce-overhead")
+
+
+def allocate_gradients(model):
+    """Gradients of zero, which add_gradients adds to: zero_grad(set_to_none=False) keeps them."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    return torch.compile(model, dynamic=False, fullgraph=True, mode="reduce-overhead")
 
 
 def add_gradients(model, batches, micro_batches, machine):
     """Forward and backward over a step's micro-batches, whose gradients add up.
 
-    Returns the mean loss over all ranks, None when asked to stop.
+    Returns the mean loss over all ranks, () float32, None when asked to stop.
     """
-    loss = torch.zeros((), device=machine.device)
+    loss, parameters = torch.zeros((), device=machine.device), list(model.parameters())
     for micro_step in range(micro_batches):
         if machine.stopping():
             return None
         inputs, targets = next(batches)
-        # the ranks average their gradients once a step, with the last micro-batch
-        more = machine.world_size > 1 and micro_step < micro_batches - 1
-        with model.no_sync() if more else nullcontext():
+        # the ranks average their gradients once a step: in backward() of the last micro-batch
+        average = machine.world_size > 1 and micro_step == micro_batches - 1
+        with nullcontext() if average or machine.world_size == 1 else model.no_sync():
             with machine.precision():
                 micro_loss = model(inputs, targets, reduction="mean") / micro_batches
-            micro_loss.backward()
+            if average:
+                micro_loss.backward()
+            else:  # which would add them one by one
+                torch._foreach_add_([p.grad for p in parameters], torch.autograd.grad(micro_loss, parameters))
         loss += micro_loss.detach()
-    return machine.sum(loss).item() / machine.world_size
+    return machine.sum(loss) / machine.world_size
 
 
 def z_score(recent, value):
@@ -924,6 +930,7 @@ def train(config, stop, claims):
             notice(f"stopped by {reason} after step {step}: python train_gpt2.py {go_on}")
 
     # `model` holds the weights; `run_model` is how a batch goes through them
+    allocate_gradients(model)
     compiled = compile_model(model) if config.compile else model
     run_model = DistributedDataParallel(compiled, gradient_as_bucket_view=True) if world_size > 1 else compiled
 
@@ -987,7 +994,8 @@ def train(config, stop, claims):
             loss = add_gradients(run_model, batches, micro_batches, machine)
             if loss is None:
                 return leave(step, evaluated)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            loss, grad_norm = loss.item(), grad_norm.item()  # waits for the device, once a step
 
             # update, unless that would spoil the weights
             lr = learning_rate(config, step + 1)
@@ -996,7 +1004,7 @@ def train(config, stop, claims):
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=False)  # see compile_model
+            optimizer.zero_grad(set_to_none=False)  # see allocate_gradients
             step, evaluated = step + 1, False  # this step is done, its evaluations are not
 
             seconds = time.perf_counter() - began

@@ -120,9 +120,12 @@ def _arrived(ring, full, number, needed):
 
 
 @gluon.jit
-def _listed(p_list, i):
-    """Tile i of the list, or anything beyond its end: i is n + 1 at most, where the list has n places."""
-    return gl.load(p_list + i).to(gl.int32)
+def _listed(p_j):
+    """The tile there, or anything beyond the end of the list: for n tiles it has n + 2 places.
+
+    Loops move the pointer on: were it p_list + i, the compiler would count in 64 bits.
+    """
+    return gl.load(p_j).to(gl.int32)
 
 
 @gluon.jit
@@ -309,15 +312,16 @@ def _forward(
     go, number = gl.to_tensor(1), gl.maximum(single, 0)
     while go > 0:
         for first in gl.static_range(AHEAD):
-            _fetch(t_k, head, _listed(p_list, first), ring, full, number + first, first < n_list)
+            _fetch(t_k, head, _listed(p_list + first), ring, full, number + first, first < n_list)
         shift = gl.convert_layout(top * c + tau, wide)[:, None]
         b_z = warpgroup_mma_wait(0, deps=(_scores(b_q, s_k, b_unused),))
         b_u = _above_causal(b_z, shift, c)
         b_z = _scores(b_q, _arrived(ring, full, number, n_list > 0), b_unused)
         b_p, b_lower = _powers(b_u, r, R)
         total_8, lower_8 = tl.sum(_parts(b_p), 1), tl.sum(_parts(b_lower), 1)
+        p_j = p_list + AHEAD
         for i in range(0, n_list):
-            j = _listed(p_list, i + AHEAD)
+            j, p_j = _listed(p_j), p_j + 1
             s_next = _arrived(ring, full, number + 1, i + 1 < n_list)
             b_z = warpgroup_mma_wait(0, deps=(b_z,))
             b_u = _above(b_z, 0.0, shift, c, EXACT)
@@ -335,7 +339,7 @@ def _forward(
 
     # The output, and which groups of keys and queries have support. Values come with the keys that are next
     nan = _any_of_16((top != top) & (o_q < T))  # has support, though u be 0
-    j, next_j = _listed(p_list, 0), _listed(p_list, 1)
+    j, next_j, p_j = _listed(p_list), _listed(p_list + 1), p_list + 2
     _fetch_two(t_v, t_k, head, i_q, j, ring, full, number, True)
     _fetch_two(t_v, t_k, head, j, next_j, ring, full, number + 2, n_list > 0)
     shift = gl.convert_layout(top * c + tau, wide)[:, None]
@@ -349,7 +353,7 @@ def _forward(
         number += 2
         s_v = _arrived(ring, full, number, True)
         b_z, b_o = warpgroup_mma_wait(0, deps=(b_z, b_o))
-        this_j, j, next_j = j, next_j, _listed(p_list, i + 2)
+        this_j, j, next_j, p_j = j, next_j, _listed(p_j), p_j + 1
         _fetch_two(t_v, t_k, head, j, next_j, ring, full, number + 2, i + 1 < n_list)
         b_p = _powers(_above(b_z, 0.0, shift, c, EXACT), r, R)[0]
         p_8 = tl.sum(_parts(b_p), 1)

@@ -4,10 +4,10 @@
     python benchmarks/training_step.py --checkpoint runs/entmax/checkpoint_762 --data data/fineweb10B
 
 The baseline is a GPT-2 as one would write it down: torch.compile, bfloat16 autocast (which leaves the residual stream
-in float32), a padded vocabulary, PyTorch's cuDNN attention, fused AdamW. It and ours take the same batches through the
-same loop, 524,288 tokens a step. Random tokens, or those of --data. The entmax of --checkpoint, where trained weights
-leave tiles empty, is a case of its own; it wants real text. Every case has a process of its own, so that its first step
-is that of a cold start.
+in float32), a padded vocabulary, PyTorch's cuDNN attention, fused AdamW. It and ours take the same batches, 524,288
+tokens a step: random tokens, or those of --data. The entmax of --checkpoint, where trained weights leave tiles empty,
+is a case of its own; it wants real text. Every case has a process of its own, so that its first step is that of a cold
+start.
 """
 
 import argparse
@@ -32,7 +32,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint
 from data.shards import TokenStream, find_shards, training_batches
 from model import GPT, SIZES, GPTConfig
-from train_gpt2 import Config, add_gradients, compile_model, make_optimizer, peak_flops, start_machine, versions
+from train_gpt2 import (
+    Config,
+    add_gradients,
+    allocate_gradients,
+    compile_model,
+    make_optimizer,
+    peak_flops,
+    start_machine,
+    versions,
+)
 
 CASES = ("baseline", "softmax", "entmax", "entmax, trained")
 VOCAB_SIZE = 50257
@@ -71,11 +80,22 @@ class PlainGPT(nn.Module):
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, tokens, targets, reduction="mean"):  # which is the only one
+    def forward(self, tokens, targets):
         x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
         for block in self.h:
             x = block(x)
         return F.cross_entropy(self.head(self.ln_f(x)).flatten(0, 1), targets.flatten())
+
+
+def add_plain_gradients(model, batches, micro_batches, machine):
+    """add_gradients, as one would write it down."""
+    loss = torch.zeros((), device=machine.device)
+    for inputs, targets in itertools.islice(batches, micro_batches):
+        with machine.precision():
+            micro_loss = model(inputs, targets) / micro_batches
+        micro_loss.backward()
+        loss += micro_loss.detach()
+    return loss
 
 
 # -----------------------------------------------------------------------------
@@ -154,18 +174,21 @@ def measure(case, micro_batch_size, args):
     optimizer = make_optimizer(model, Config())
     for group in optimizer.param_groups:  # the weights stay as they are, and so do the tiles that they leave empty
         group["lr"] = 0.0
-    compiled = model
+    compiled, plain = model, case == "baseline"
+    if not plain:
+        allocate_gradients(model)
     if args.compile == "true":
-        compiled = torch.compile(model, dynamic=False, fullgraph=True) if case == "baseline" else compile_model(model)
+        compiled = torch.compile(model, dynamic=False, fullgraph=True) if plain else compile_model(model)
     batches = batches_of(args, micro_batch_size, device)
 
     def step():
         """As the trainer's: ends when the device has done it all."""
-        loss = add_gradients(compiled, batches, args.batch_size // micro_batch_size, machine)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        assert math.isfinite(loss) and math.isfinite(norm)
+        add = add_plain_gradients if plain else add_gradients
+        loss = add(compiled, batches, args.batch_size // micro_batch_size, machine)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        assert math.isfinite(loss.item()) and math.isfinite(norm.item())
         optimizer.step()
-        optimizer.zero_grad(set_to_none=case == "baseline")
+        optimizer.zero_grad(set_to_none=plain)
         if device.type == "cuda":
             torch.cuda.synchronize()
 

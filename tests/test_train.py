@@ -23,6 +23,7 @@ from model import GPT, GPTConfig
 from train_gpt2 import (
     Config,
     add_gradients,
+    allocate_gradients,
     compile_model,
     entmax_alpha,
     learning_rate,
@@ -465,11 +466,12 @@ def test_gradients_of_cuda_graphs_add_up_on_a_gpu(attention, device="cuda"):
     model = GPT(GPTConfig(2, 2, 32, 64, 257, attention))
     model.init_weights(draw)
     compiled = compile_model(model.to(machine.device))
+    allocate_gradients(model)
     micro_batches = ((x[:, :-1], x[:, 1:]) for x in tokens)
     for step in range(3):  # runs the kernels one by one, then records them, then replays them
         loss = add_gradients(compiled, micro_batches, 3, machine)
         expected_loss = torch.stack([model(x[:, :-1], x[:, 1:]).mean() for x in tokens[3 * step : 3 * step + 3]]).mean()
-        assert loss == pytest.approx(expected_loss.item(), rel=1e-5)
+        assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
         expected = torch.autograd.grad(expected_loss, list(model.parameters()))
         for (name, parameter), gradient in zip(model.named_parameters(), expected, strict=True):
             assert (parameter.grad - gradient).norm() <= 1e-4 * gradient.norm() + 1e-8, name
