@@ -1,9 +1,9 @@
 """A transformer's two layers with GELU between, and the norm before them; for the backward pass little is kept.
 
 That is the sum along the residual stream, and GELU's argument, z. GELU(z), as large, is computed again by the kernel
-that also takes the gradient through GELU and sums it up for the bias; and the norm by the one that takes it through
-that (see add_norm.py). On Hopper GELU and its gradient are done before the matrix products that they follow are stored
-(mlp_hopper.py): the wide tensors are written once, and z is read once.
+that also takes the gradient through GELU and sums it up for the bias; what the norm gives, by the kernel that takes the
+gradient through the norm (add_norm.py). On Hopper GELU and its gradient are done before the matrix products that they
+follow are stored (mlp_hopper.py): the wide tensors are written once, and z is read once.
 """
 
 import torch

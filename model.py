@@ -70,7 +70,7 @@ class Attention(nn.Module):
         self.entmax = config.attention == "entmax"
 
     def forward(self, x, past=None):
-        """x: (B, T, C) -> the same, without the last bias, which Block adds.
+        """x: (B, T, C) -> the same, without the last bias (see Block).
 
         past: None, or a list that holds this layer's keys and values so far and is extended.
         """
@@ -121,7 +121,7 @@ class Block(nn.Module):
     def forward(self, x, h, past=None):
         """The residual stream x and h = ln_1(x) -> the stream after attention, and what is yet to join it.
 
-        Layers leave their last bias to add_norm, by which their output joins the stream.
+        Layers leave their last bias to what adds their output to the stream.
         """
         return self.mlp(x, self.attn(h, past), self.attn.c_proj.bias, self.ln_2)
 
@@ -200,7 +200,7 @@ class GPT(nn.Module):
             y_bias = block.mlp.c_proj.bias
             if block is not self.h[-1]:
                 x, h = add_norm(x, y, y_bias, self.h[i + 1].ln_1)
-        # not by add_norm: at head_loss Inductor writes out all operators that led there, twice as many with each layer
+        # not by add_norm: if head_loss followed that, Inductor 2.11 would take twice as long with each layer
         return self.ln_f(x + y + rounded(y_bias))
 
     def logits(self, x):

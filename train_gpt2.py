@@ -681,7 +681,7 @@ def load_optimizer(optimizer, state):
 def compile_model(model):
     """A GPT, compiled for one shape of batches and replayed as CUDA graphs where there is CUDA.
 
-    What a graph returned, its next replay overwrites.
+    What a graph returned, its next replay overwrites, so it is to be used, or copied, before.
     """
     return torch.compile(model, dynamic=False, fullgraph=True, mode="reduce-overhead")
 
@@ -709,7 +709,7 @@ def add_gradients(model, batches, micro_batches, machine):
                 micro_loss = model(inputs, targets, reduction="mean") / micro_batches
             if average:
                 micro_loss.backward()
-            else:  # which would add them one by one
+            else:  # backward() would add them one by one
                 torch._foreach_add_([p.grad for p in parameters], torch.autograd.grad(micro_loss, parameters))
         loss += micro_loss.detach()
     return machine.sum(loss) / machine.world_size

@@ -121,7 +121,7 @@ def _arrived(ring, full, number, needed):
 
 @gluon.jit
 def _listed(p_j):
-    """The tile there, or anything beyond the end of the list: for n tiles it has n + 2 places.
+    """The tile there, or whatever is there beyond the list's end, by two places at most.
 
     Loops move the pointer on: were it p_list + i, the compiler would count in 64 bits.
     """

@@ -15,11 +15,14 @@ INTERPRETED = "TRITON_INTERPRET" in os.environ  # CPU tensors go to the kernels
 
 
 def errors(N, C, dtype, device="cpu", mean=0.0, size=1.0):
-    """Relative errors of the sum, its norm, the gradients by x, y, y_bias, weight and bias, and the norm again."""
+    """Relative errors of the sum, its norm, the gradients by x, y, y_bias, weight and bias, and the norm again.
+
+    The elements of all tensors lie apart.
+    """
     generator = torch.Generator(device).manual_seed(N + C)
 
     def drawn(*shape, dtype=dtype):
-        return torch.randn(*shape, device=device, generator=generator).to(dtype)
+        return torch.randn(*shape, 2, device=device, generator=generator).to(dtype)[..., 0]
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x, y = size * drawn(N, C) + mean, size * drawn(N, C)
@@ -65,16 +68,31 @@ def test_of_a_module():
     assert h.isfinite().all(2).sum() == 9
 
 
+def test_one_column_is_its_mean():
+    norm = nn.LayerNorm(1)
+    nn.init.constant_(norm.bias, 3)
+    _, h = add_norm(torch.randn(7, 1), torch.randn(7, 1), torch.randn(1), norm)
+    torch.testing.assert_close(h, torch.full((7, 1), 3.0))
+
+
+def test_the_sum_stays_in_16_bits():
+    x, y = torch.randn(2, 3, 12).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        total, _ = add_norm(x, y, torch.randn(12), nn.LayerNorm(12))
+    assert total.dtype == torch.bfloat16
+
+
 def test_opcheck():
     rows, weights = torch.randn(3, 5, 12), torch.randn(3, 12)
     torch.library.opcheck(add_norm_rows, (*rows[:2], *weights, 1e-5))
+    torch.library.opcheck(add_norm_rows, (*torch.randn(2, 12, 5).mT, *weights, 1e-5))
     for again in (False, True):
         torch.library.opcheck(add_norm_gradient, (rows[0], *weights[:2], *rows[1:], 1e-5, again))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter run")
 def test_the_kernels_in_the_interpreter():
-    run_in_interpreter(__file__, "float64 or module")
+    run_in_interpreter(__file__, "float64 or module or column or stays")
 
 
 @pytest.mark.gpu

@@ -454,25 +454,35 @@ def test_killed_and_resumed_on_a_gpu_deterministically(start, run, flags, tmp_pa
     assert read_log(tmp_path / "killed") == read_log(tmp_path / "whole")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("attention", ["softmax", "entmax"])
-def test_gradients_of_cuda_graphs_add_up_on_a_gpu(attention, device="cuda"):
-    """Over the micro-batches of a step, and anew in each step, though a graph overwrites what it returned."""
+def check_that_gradients_add_up(attention, device, compiled):
+    """Over the micro-batches of a step, and anew in each step."""
     machine = start_machine(device, "float32")
     torch.set_float32_matmul_precision("highest")  # which was TF32 by then
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(257, (9, 4, 65), generator=draw).to(machine.device)
     model = GPT(GPTConfig(2, 2, 32, 64, 257, attention))
     model.init_weights(draw)
-    compiled = compile_model(model.to(machine.device))
+    run_model = compile_model(model.to(machine.device)) if compiled else model
     allocate_gradients(model)
     micro_batches = ((x[:, :-1], x[:, 1:]) for x in tokens)
     for step in range(3):  # runs the kernels one by one, then records them, then replays them
-        loss = add_gradients(compiled, micro_batches, 3, machine)
+        loss = add_gradients(run_model, micro_batches, 3, machine)
         expected_loss = torch.stack([model(x[:, :-1], x[:, 1:]).mean() for x in tokens[3 * step : 3 * step + 3]]).mean()
         assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
         expected = torch.autograd.grad(expected_loss, list(model.parameters()))
         for (name, parameter), gradient in zip(model.named_parameters(), expected, strict=True):
             assert (parameter.grad - gradient).norm() <= 1e-4 * gradient.norm() + 1e-8, name
         model.zero_grad(set_to_none=False)
+
+
+@pytest.mark.parametrize("attention", ["softmax", "entmax"])
+def test_gradients_add_up(attention):
+    check_that_gradients_add_up(attention, "cpu", compiled=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("attention", ["softmax", "entmax"])
+def test_gradients_of_cuda_graphs_add_up_on_a_gpu(attention):
+    """Though a graph overwrites what it returned."""
+    check_that_gradients_add_up(attention, "cuda", compiled=True)
