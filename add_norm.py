@@ -150,7 +150,11 @@ class _AddNorm(torch.autograd.Function):
 
 
 def add_norm(x, y, y_bias, norm):
-    """x + y + y_bias, and the norm of that. x and y (..., C) of one dtype, y_bias (C), norm an nn.LayerNorm."""
+    """x + y + y_bias, and the norm of that, both like x.
+
+    x and y (..., C) of one dtype, that of autocast where it is on; y_bias (C), and weight and bias of norm, an
+    nn.LayerNorm, of that or a wider one. Ba, Kiros and Hinton, arXiv 1607.06450, section 3.1.
+    """
     if not takes_kernel(x):
         x = x + y + y_bias.to(x.dtype)
         return x, norm(x)
