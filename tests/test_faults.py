@@ -326,7 +326,8 @@ def test_a_killed_rank_ends_or_restarts_the_run(undisturbed, flags, tmp_path, re
 
 def two_processes(tmp_path, commands, seconds=120):
     """Run a command as each rank, without torchrun; returns [(exit code, stderr)]."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randrange(20000, 60000)), "OMP_NUM_THREADS": "1"}
+    port = random.randrange(20000, 32768)  # below those that the system gives to others meanwhile
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     processes = []
     for rank, command in enumerate(commands):
         environment = os.environ | address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
