@@ -206,6 +206,26 @@ def _by_rows(x, row: gl.constexpr):
     return gl.convert_layout(gl.sum(x, 1), row)
 
 
+@gluon.jit
+def _finish(t_o, head, i_q, s_o, b_o, total, p_shift, tau, new_tau, top, c, o_q, T):
+    """Begin to store the output, and store tau for the backward (see _saved): the new one, unless it is smaller, as no
+    key with support is to be off the map."""
+    layout: gl.constexpr = gl.SliceLayout(1, b_o.type.layout)
+    _matrix(s_o).store((b_o * gl.convert_layout(1 / total, layout)[:, None]).to(t_o.dtype))
+    fence_async_shared()
+    store(t_o, [head[0], head[1], i_q * t_o.block_type.shape[2], 0], s_o)
+    gl.store(p_shift, gl.where(o_q < T, -(gl.maximum(tau, new_tau) + top * c), -1e30))
+
+
+@gluon.jit
+def _stored():
+    """Wait until what the copy engine stores is in memory, as what it stores next may overtake it.
+
+    tma.store_wait waits until it has been read.
+    """
+    tl.inline_asm_elementwise("cp.async.bulk.wait_group 0; mov.b32 $0, 0;", "=r", [], tl.int32, is_pure=False, pack=1)
+
+
 @gluon.jit(do_not_specialize=["T", "H", "n"])
 def _forward(
     t_q, t_k, t_before, t_v, t_o, p_shift, p_list, p_map, p_alpha, scale, T, H, n, R: gl.constexpr, GROUP: gl.constexpr
@@ -368,15 +388,42 @@ def _forward(
     b_z, b_o = warpgroup_mma_wait(0, deps=(b_z, b_o))
 
     total = _by_rows(total_8, row)
-    step = _newton(total, lower, alpha, R, EXACT)[1]
-    again = _any_of_16((total > 1 + tolerance / 8) & (o_q < T)).to(gl.int64)  # for _mend, by the diagonal's word
-    o_word = gl.arange(0, TILE // 16, again.type.layout)
-    _store_words(p_map + i_q * (TILE // 16) + o_word, again)
-    tau = gl.minimum(gl.maximum(tau + step, floor), ceiling) + top * c
-    gl.store(p_shift + i_bh * n * TILE + o_q, gl.where(o_q < T, -tau, -1e30))
-    s_q.store((b_o * gl.convert_layout(1 / total, gl.SliceLayout(1, output))[:, None]).to(dtype))
-    fence_async_shared()
-    store(t_o, [head[0], head[1], i_q * TILE, 0], own.index(0))
+    new_tau = gl.minimum(gl.maximum(tau + _newton(total, lower, alpha, R, EXACT)[1], floor), ceiling)
+    p_shift += i_bh * n * TILE + o_q
+    _finish(t_o, head, i_q, own.index(1), b_o, total, p_shift, tau, new_tau, top, c, o_q, T)
+
+    # Where the last step has let in many keys from just below tau, which is rare: again, until the sums are 1
+    unsettled = (total > 1 + tolerance / 8) & (o_q < T)
+    go, phase = gl.max(unsettled.to(gl.int32), 0), gl.to_tensor(1)
+    while go > 0:
+        tau = gl.where(unsettled, new_tau, tau)
+        shift = gl.convert_layout(top * c + tau, wide)[:, None]
+        total_8, lower_8, b_o = zero_8, zero_8, gl.zeros([TILE, BD], gl.float32, output)
+        _stored()
+        for i in range(-1, n_list):
+            j = gl.where(i < 0, i_q, _listed(p_list + gl.maximum(i, 0)))
+            mbarrier.expect(full.index(SLOTS), t_k.block_type.nbytes + t_v.block_type.nbytes)
+            load(t_k, [head[0], head[1], j * TILE, 0], full.index(SLOTS), ring.index(0))
+            load(t_v, [head[0], head[1], j * TILE, 0], full.index(SLOTS), ring.index(1))
+            mbarrier.wait(full.index(SLOTS), phase)
+            phase ^= 1
+            b_z = warpgroup_mma_wait(0, deps=(_scores(s_q, _matrix(ring.index(0)), b_unused),))
+            key = j * TILE + gl.arange(0, TILE, gl.SliceLayout(0, scores))
+            b_z = gl.where(gl.convert_layout(o_q, wide)[:, None] >= key[None, :], b_z, -INFINITY)
+            b_p, b_lower = _powers(_above(b_z, 0.0, shift, c, EXACT), r, R)
+            p_8 = tl.sum(_parts(b_p), 1)
+            total_8, lower_8 = total_8 + p_8, lower_8 + tl.sum(_parts(b_lower), 1)
+            words = _support(b_p, p_8, places, GROUP, EXACT)
+            words |= -gl.convert_layout(nan, words.type.layout)
+            o_word = gl.arange(0, TILE // 16, words.type.layout)
+            _store_words(p_map + j * (TILE // 16) + o_word, words)
+            b_p = gl.convert_layout(b_p.to(dtype), weights)
+            b_o = warpgroup_mma_wait(0, deps=(warpgroup_mma(b_p, _matrix(ring.index(1)), b_o, is_async=True),))
+        total, lower = _by_rows(total_8, row), _by_rows(lower_8, row)
+        new_tau = gl.minimum(gl.maximum(tau + _newton(total, lower, alpha, R, EXACT)[1], floor), ceiling)
+        _finish(t_o, head, i_q, own.index(1), b_o, total, p_shift, tau, new_tau, top, c, o_q, T)
+        unsettled = (gl.abs(total - 1) > 2e-4) & (new_tau != tau) & (total > 0) & (o_q < T)
+        go = gl.where(go < MAX_SWEEPS, go + 1, 0) * gl.max(unsettled.to(gl.int32), 0)
     tma.store_wait(0)
 
 

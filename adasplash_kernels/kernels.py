@@ -8,7 +8,7 @@ diagonal some queries do not see some keys. A program takes the queries (or the 
                the tiles that exceed that threshold somewhere; sweeps over these until tau stands; adds up the output
                and marks on a map which groups of GROUP keys, and of GROUP queries, have support in which tile. Hopper
                GPUs have one of their own for 16 bits and D up to 64, in forward_hopper.py
-    mend       does the queries again for which tau came out too low, which is rare
+    mend       does the queries again for which tau came out too low, which is rare (Hopper's forward does so itself)
     lists      turns the map into lists of key groups by query block, and of query groups by key block
     query_gradient, key_value_gradient      gather what is listed, from wherever it is, and the tile on the diagonal
 
@@ -602,14 +602,11 @@ def _forward(
 def _mend(
     p_q, p_k, p_v, p_o, p_shift, p_map, p_alpha, scale, heads, T, H, n, s_b, s_h, s_t,
     R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TILE: tl.constexpr, EXACT: tl.constexpr, GROUP: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Once more those blocks of queries that _forward has marked, by Newton's steps from where it ended.
 
     A program has 128 blocks to look after, the last one fewer: of `heads` heads, n each.
     """
-    if EARLY:  # its launch is prepared while _forward runs
-        tl.extra.cuda.gdc_wait()
     alpha, r, c = _parameters(p_alpha, scale, R)
     o_block = tl.program_id(0).to(tl.int64) * 128 + tl.arange(0, 128)
     p_own = p_map + (o_block * n + o_block % n)[:, None] * (TILE // 16) + tl.arange(0, TILE // 16)[None, :]
@@ -899,8 +896,8 @@ def _readable(*tensors):
 
 def _saved(q):
     """Empty tensors for what the backward needs: of each row, to whole tiles, max z and -tau, float32, or for 16 bits
-    only -(c max z + tau); the map of tiles (B H, n, n, TILE / 16), words of bits (see _support). The diagonal's are 0,
-    but where _forward found a block of queries in need of _mend.
+    only -(c max z + tau); the map of tiles (B H, n, n, TILE / 16), words of bits (see _support), of which the backward
+    does not read the diagonal's; there _forward tells _mend which blocks of queries are to be done again.
     """
     BH, (n, options, *_) = q.shape[0] * q.shape[1], _options(q, 0)
     shift = q.new_empty(BH, n * options["TILE"], dtype=torch.float32)
@@ -927,18 +924,17 @@ def _attend(
     n, options, *_ = _options(q, r)
     heads = q.shape[0] * q.shape[1]
     p_list = torch.empty(heads * n * n + 2, dtype=torch.int16, device=q.device)  # Hopper's reads two more
-    shared = dict(p_q=q, p_k=k, p_v=v, p_o=out, p_shift=shift, p_map=tile_map, p_alpha=alpha, scale=scale)
-    shared |= _strides(q) | options
     with torch.cuda.device_of(q):  # Triton launches on the current one
-        on_hopper = _on_hopper(q, k, v)
-        if on_hopper:
+        if _on_hopper(q, k, v):
             from adasplash_kernels import forward_hopper  # here, as others' Triton may lack Gluon
 
             forward_hopper.forward(q, k, v, out, shift, p_list, tile_map, alpha, scale, options)
-        else:
-            _forward[n, q.shape[1], q.shape[0]](p_top=top, p_list=p_list, **shared)
+            return out, top, shift, tile_map
+        shared = dict(p_q=q, p_k=k, p_v=v, p_o=out, p_shift=shift, p_map=tile_map, p_alpha=alpha, scale=scale)
+        shared |= _strides(q) | options
+        _forward[n, q.shape[1], q.shape[0]](p_top=top, p_list=p_list, **shared)
         if not options["EXACT"]:
-            _mend[triton.cdiv(heads * n, 128),](heads=heads, EARLY=on_hopper, launch_pdl=on_hopper, **shared)
+            _mend[triton.cdiv(heads * n, 128),](heads=heads, **shared)
     return out, top, shift, tile_map
 
 
