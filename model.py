@@ -23,7 +23,7 @@ from add_norm import add_norm
 from cli import UserError
 from cross_entropy import ROWS, head_loss
 from mlp import add_norm_mlp
-from qkv import queries_keys_values
+from qkv import queries_keys_values, queries_keys_values_packed
 
 SIZES = {  # layers, heads, channels
     "tiny": (4, 4, 128),
@@ -75,12 +75,12 @@ class Attention(nn.Module):
         past: None, or a list that holds this layer's keys and values so far and is extended.
         """
         B, T, C = x.shape
-        if x.is_cuda and not self.entmax:
-            weight, bias = rounded(self.c_attn.weight), self.c_attn.bias
-            q, k, v = queries_keys_values(rounded(x), weight, bias, self.n_head)  # the same, with a faster backward
+        if x.is_cuda:  # the same, with a faster backward
+            project = queries_keys_values_packed if self.entmax else queries_keys_values
+            qkv = project(rounded(x), rounded(self.c_attn.weight), self.c_attn.bias, self.n_head)
         else:
             qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        q, k, v = qkv if isinstance(qkv, tuple) else qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         if past is not None:
             if past:
                 k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)

@@ -1,6 +1,7 @@
-"""The projection to queries, keys and values for attention that gives their gradients in three tensors, as PyTorch's.
+"""The projection to queries, keys and values, for attention.
 
-These have to be put together for the projection's matrix products, and summed up for its bias: one kernel does both.
+PyTorch's gives their gradients in three tensors. These have to be put together for the projection's matrix products,
+and summed up for its bias: one kernel does both. Ours gives them in one, of which only a part is to be summed up.
 """
 
 import torch
@@ -57,23 +58,41 @@ def _like_pack(dq, dk, dv):
     return dq.new_empty(B * T, 3 * H * D), sums
 
 
+def _projection(ctx, x, weight, bias, n_head):
+    """x weight^T + bias, (B, T, 3, H, D), and what the backward needs."""
+    ctx.save_for_backward(x, weight)
+    ctx.bias_dtype = bias.dtype
+    B, T, C = x.shape
+    return torch.addmm(bias.to(x.dtype), x.flatten(0, 1), weight.T).view(B, T, 3, n_head, C // n_head)
+
+
+def _gradients(ctx, dqkv, dbias):
+    x, weight = ctx.saved_tensors
+    return (dqkv @ weight).view_as(x), dqkv.T @ x.flatten(0, 1), dbias.to(ctx.bias_dtype), None
+
+
 class _Projection(torch.autograd.Function):
     """Only the kernel is an operator of its own: the compiler sees, and calls, the matrix products."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, n_head):
-        ctx.save_for_backward(x, weight)
-        ctx.bias_dtype = bias.dtype
-        (B, T, C), rows = x.shape, x.flatten(0, 1)
-        qkv = torch.addmm(bias.to(x.dtype), rows, weight.T).view(B, T, 3, n_head, C // n_head)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return _projection(ctx, x, weight, bias, n_head).permute(2, 0, 3, 1, 4).unbind(0)
 
     @staticmethod
     def backward(ctx, dq, dk, dv):
-        x, weight = ctx.saved_tensors
         dqkv, sums = pack(dq, dk, dv)
-        dx, dweight = dqkv @ weight, dqkv.T @ x.flatten(0, 1)
-        return dx.view_as(x), dweight, sums.sum(0).to(ctx.bias_dtype), None
+        return _gradients(ctx, dqkv, sums.sum(0))
+
+
+class _PackedProjection(torch.autograd.Function):
+    forward = staticmethod(_projection)
+
+    @staticmethod
+    def backward(ctx, dqkv):
+        dqkv = dqkv.flatten(2).flatten(0, 1)
+        parts = dqkv.view(len(dqkv), 3, -1)
+        queries, values = parts[:, ::2].sum(0, dtype=torch.promote_types(dqkv.dtype, torch.float32))
+        return _gradients(ctx, dqkv, torch.cat((queries, torch.zeros_like(queries), values)))
 
 
 def queries_keys_values(x, weight, bias, n_head):
@@ -82,3 +101,11 @@ def queries_keys_values(x, weight, bias, n_head):
     x (B, T, C) and weight (3C, C) of one dtype, that of autocast where it is on; bias (3C) of that or a wider one.
     """
     return _Projection.apply(x, weight, bias, n_head)
+
+
+def queries_keys_values_packed(x, weight, bias, n_head):
+    """The same as one (B, T, 3, H, D). Only for attention: without looking, it gives the keys' bias a gradient of zero.
+
+    That bias shifts all scores of a query alike, of which neither softmax nor entmax takes notice.
+    """
+    return _PackedProjection.apply(x, weight, bias, n_head)

@@ -4,9 +4,10 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import run_in_interpreter
 
-from qkv import pack, queries_keys_values
+from qkv import pack, queries_keys_values, queries_keys_values_packed
 
 INTERPRETED = "TRITON_INTERPRET" in os.environ  # CPU tensors go to the kernel
 
@@ -38,6 +39,31 @@ def test_against_float64(shape):
     assert max(errors(*shape, torch.float32)) < 2e-6
     assert max(errors(*shape, torch.bfloat16)) < 0.005  # one rounding to 8 bits
     assert max(errors(*shape, torch.float64)) < 1e-14
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_with_attention(shape):
+    """Attention in float64 gives the same gradients as with a plain projection, and the keys' bias an exact zero."""
+    B, T, H, D = shape
+    generator = torch.Generator().manual_seed(T)
+    shapes = (B, T, H * D), (3 * H * D, H * D), (3 * H * D,)
+    tensors = [torch.randn(*x, generator=generator, dtype=torch.float64).requires_grad_() for x in shapes]
+    dout = torch.randn(B, H, T, D, generator=generator, dtype=torch.float64)
+
+    def gradients(qkv):
+        out = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), is_causal=True)
+        return torch.autograd.grad(out, tensors, dout)
+
+    got = gradients(queries_keys_values_packed(*tensors, H))
+    expected = gradients(F.linear(*tensors).view(B, T, 3, H, D))
+    torch.testing.assert_close(got, expected)
+    assert not got[2].view(3, -1)[1].any()
+    x, weight, bias = (x.detach() for x in tensors)
+    inputs = x.bfloat16(), weight.bfloat16(), bias.float().requires_grad_()
+    (dbias,) = torch.autograd.grad(queries_keys_values_packed(*inputs, H).float().square().sum(), inputs[2])
+    rows = 2 * F.linear(*inputs[:2], bias.bfloat16()).float().flatten(0, 1)
+    assert dbias.dtype == torch.float32
+    torch.testing.assert_close(dbias.view(3, -1)[::2], rows.sum(0).view(3, -1)[::2], rtol=0.01, atol=0.01 * rows.std())
 
 
 def test_gradients_of_some():
