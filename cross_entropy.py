@@ -74,11 +74,15 @@ def _to_gradients(logits, targets, vocab_size, scale):
     Columns from vocab_size on are no tokens: they take no part, and their gradient is 0.
     """
     if triton is not None and (logits.is_cuda or INTERPRETED.value):
-        (N, n_padded), COLUMNS = logits.shape, 4096
+        (N, n_padded), COLUMNS = logits.shape, 2048
+        # as few as hold the row in 200 registers each: two rows of 50,304 then share a multiprocessor, and one computes
+        # while the other is loaded or stored
+        num_warps = min(32, max(4, triton.next_power_of_2(triton.cdiv(n_padded * logits.element_size(), 32 * 800))))
         losses = torch.empty(N, dtype=torch.float32, device=logits.device)
         _cross_entropy[(N,)](
             logits, targets, losses, logits.stride(0), vocab_size, n_padded, scale,
-            FULL=vocab_size // COLUMNS, PARTS=triton.cdiv(n_padded, COLUMNS), COLUMNS=COLUMNS, num_warps=8,
+            FULL=vocab_size // COLUMNS, PARTS=triton.cdiv(n_padded, COLUMNS), COLUMNS=COLUMNS,
+            num_warps=num_warps,
         )  # fmt: skip
         return losses
     real = logits[:, :vocab_size].float()
