@@ -683,12 +683,12 @@ def _lists(p_map, p_list, p_count, n, WORDS: tl.constexpr, GROUPS: tl.constexpr)
         groups = start * GROUPS + tl.arange(0, TILES * GROUPS)
         tl.store(p_list + n_list + tl.cumsum(flags, 0) - flags, groups.to(tl.int16), mask=flags > 0)
         n_list += tl.sum(flags, 0)
-    n_all, start = n_list, first
-    while (n_all < n_list + GROUPS) & (start < last):
+    n_all, n_full, start = n_list, tl.cdiv(n_list, GROUPS) * GROUPS, first
+    while (n_all < n_full) & (start < last):
         groups = start * GROUPS + tl.arange(0, GROUPS)
         flags = 1 - _flags(p_map, start, last, s_tile, of_queries, WORDS, GROUPS, 1)
         o = n_all + tl.cumsum(flags, 0) - flags
-        tl.store(p_list + o, groups.to(tl.int16), mask=(flags > 0) & (o < n_list + GROUPS))
+        tl.store(p_list + o, groups.to(tl.int16), mask=(flags > 0) & (o < n_full))
         n_all, start = n_all + tl.sum(flags, 0), start + 1
     tl.store(p_count + i_list, n_list)
 
