@@ -30,13 +30,12 @@ DPI = 150
 def watching(model, look):
     """Within, each forward pass of a GPT calls look(layer, q, k), with the q and k (B, H, T, D) that attention gets."""
 
-    def on_output(layer, module, inputs, qkv):  # of c_attn, of one layer at a time
-        B, T, _ = qkv.shape
-        q, k, _ = qkv.view(B, T, 3, model.config.n_head, -1).permute(2, 0, 3, 1, 4)
+    def on_input(layer, attention, inputs):  # of one layer at a time
+        qkv = attention.c_attn(inputs[0])  # attention itself need not call this module
+        q, k, _ = qkv.unflatten(2, (3, model.config.n_head, -1)).permute(2, 0, 3, 1, 4)
         look(layer, q, k)
 
-    layers = enumerate(block.attn.c_attn for block in model.h)
-    handles = [c_attn.register_forward_hook(partial(on_output, layer)) for layer, c_attn in layers]
+    handles = [block.attn.register_forward_pre_hook(partial(on_input, i)) for i, block in enumerate(model.h)]
     try:
         yield
     finally:

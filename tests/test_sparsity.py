@@ -110,7 +110,24 @@ def test_counts_are_those_of_dense_weights(shards, T, alpha, n_head, n_layer):
         assert 0.02 < expected["empty_tiles"].mean() < 0.98
     check(measured, expected, rtol=1e-12)
     assert measured["sequences"] == windows and measured["sequence_length"] == T
-    assert all(not block.attn.c_attn._forward_hooks for block in model.h)
+    assert all(not block.attn._forward_pre_hooks for block in model.h)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_counts_are_those_of_the_cpu(shards):
+    """Attention gets its queries and keys another way there."""
+    torch.set_float32_matmul_precision("highest")
+    model, cuda = sharp_model(1.5, 130), Machine(torch.device("cuda"))
+    stream = TokenStream([shards / "text_val_000000.bin"], 130, 257)
+    expected = sparsity.measure(model, stream, 3, CPU)
+    got = sparsity.measure(model.cuda(), stream, 3, cuda)
+    for name in ("nonzero_share", "empty_tiles", "support_mean"):
+        assert got[name] == pytest.approx(expected[name], rel=1e-3)
+    tokens = stream.window(0)[:-1].tolist()
+    maps = [sparsity.attention_map(model, tokens, 1, 2, cuda), sparsity.attention_map(model.cpu(), tokens, 1, 2, CPU)]
+    for a, b in zip(*maps, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0])
