@@ -75,8 +75,8 @@ def _to_gradients(logits, targets, vocab_size, scale):
     """
     if triton is not None and (logits.is_cuda or INTERPRETED.value):
         (N, n_padded), COLUMNS = logits.shape, 2048
-        # as few as hold the row in 200 registers each: two rows of 50,304 then share a multiprocessor, and one computes
-        # while the other is loaded or stored
+        # as few as hold the row, 200 registers a thread (up to 8 can): two rows of 50,304 then share a multiprocessor,
+        # and one computes while the other is loaded or stored
         num_warps = min(32, max(4, triton.next_power_of_2(triton.cdiv(n_padded * logits.element_size(), 32 * 800))))
         losses = torch.empty(N, dtype=torch.float32, device=logits.device)
         _cross_entropy[(N,)](

@@ -8,7 +8,8 @@ them. docs/kernels.md says what this brings.
 A program counts the tiles that it fetches into the ring, over all its passes: number i goes to slot ~i % SLOTS, whose
 barrier then completes when it is there (values and keys that come together have that of the first). A barrier's phase,
 0 or 1, flips each time that it completes, and to wait for a phase is to wait for its end. The keys before the diagonal,
-numbers -SLOTS to -1, come by one copy, together with the queries and keys of the diagonal.
+numbers -SLOTS to -1, come by one copy, together with the queries and keys of the diagonal. What is done again at the
+end is fetched into the first two slots when it is needed, on the barrier that those of the diagonal had.
 
 Names that begin with t_ are tensors as the copy engine takes them, s_ is shared memory. Of a tile, tensor cores leave
 two rows to four threads, all of which then need what is known of these rows (layout `wide`). Two threads a row compute
@@ -250,9 +251,10 @@ def _forward(
     auto: gl.constexpr = gl.AutoLayout()
     places = gl.arange(0, 2, auto), gl.arange(0, 4, auto), gl.arange(0, 8, auto), gl.arange(0, TILE // 8, auto)
 
-    own = gl.allocate_shared_memory(dtype, [2] + t_q.block_type.shape, t_q.layout)  # queries and keys of the diagonal
+    # queries and keys of the diagonal; in the place of these, later, the output
+    own = gl.allocate_shared_memory(dtype, [2] + t_q.block_type.shape, t_q.layout)
     ring = gl.allocate_shared_memory(dtype, [SLOTS] + t_q.block_type.shape, t_q.layout)
-    full = make_barriers(SLOTS + 1)  # the last: of what is loaded first
+    full = make_barriers(SLOTS + 1)  # the last: of what is loaded first, and of what is done again
     fence_async_shared()
     mbarrier.expect(full.index(SLOTS), t_q.block_type.nbytes + t_k.block_type.nbytes + t_before.block_type.nbytes)
     load(t_q, [head[0], head[1], i_q * TILE, 0], full.index(SLOTS), own.index(0))
@@ -393,8 +395,8 @@ def _forward(
     _finish(t_o, head, i_q, own.index(1), b_o, total, p_shift, tau, new_tau, top, c, o_q, T)
 
     # Where the last step has let in many keys from just below tau, which is rare: again, until the sums are 1
-    unsettled = (total > 1 + tolerance / 8) & (o_q < T)
-    go, phase = gl.max(unsettled.to(gl.int32), 0), gl.to_tensor(1)
+    unsettled = (gl.abs(total - 1) > 2e-4) & (total > 0) & (o_q < T)
+    go, phase = gl.max((unsettled & (total > 1 + tolerance / 8)).to(gl.int32), 0), gl.to_tensor(1)
     while go > 0:
         tau = gl.where(unsettled, new_tau, tau)
         shift = gl.convert_layout(top * c + tau, wide)[:, None]

@@ -897,7 +897,7 @@ def _readable(*tensors):
 def _saved(q):
     """Empty tensors for what the backward needs: of each row, to whole tiles, max z and -tau, float32, or for 16 bits
     only -(c max z + tau); the map of tiles (B H, n, n, TILE / 16), words of bits (see _support), of which the backward
-    does not read the diagonal's; there _forward tells _mend which blocks of queries are to be done again.
+    does not read the diagonal's; there kernels.py's _forward tells _mend which blocks of queries are to be done again.
     """
     BH, (n, options, *_) = q.shape[0] * q.shape[1], _options(q, 0)
     shift = q.new_empty(BH, n * options["TILE"], dtype=torch.float32)

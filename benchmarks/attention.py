@@ -1,6 +1,6 @@
 """Time causal attention, forward and forward+backward: ours beside softmax and the published adasplash package.
 
-    python benchmarks/attention.py --activations FOLDER --json benchmarks/results/attention_h100.json
+    python benchmarks/attention.py --activations FOLDER --json benchmarks/results/attention_h200.json
 
 FOLDER holds q.npy and k.npy, bfloat16 bits as uint16, (layers, heads, T, D): what a trained entmax model multiplies.
 Their times are summed over the layers. The other inputs have B * T = 65,536 and 12 heads of 64, bfloat16: Gaussian

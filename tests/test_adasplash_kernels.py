@@ -406,7 +406,7 @@ def test_kernels_fit_other_gpus(T, dtype):
     _, forward, for_queries, for_keys = kernels._options(q, 2)
     groups = forward["TILE"] // forward["GROUP"]
     lists = dict(WORDS=forward["TILE"] // 16, GROUPS=groups, num_warps=1)
-    launched = [(kernels._forward, forward), (kernels._lists, lists)]
+    launched = [(kernels._forward, forward), (kernels._mend, forward), (kernels._lists, lists)]
     launched += [(kernels._query_gradient, for_queries), (kernels._key_value_gradient, for_keys)]
     for kernel, chosen in launched:
         constants = chosen | {"p_alpha": None, "s_t": 128, "s_ot": 128, "s_dt": 128}
@@ -475,6 +475,7 @@ def compile_forward_for_hopper():
         ptx = compiled.asm["ptx"]
         assert unguarded_copies(ptx) == (16, set())
         assert not scattered_reductions(compiled.asm["ttgir"])
+        assert re.search(r"cp\.async\.bulk\.wait_group\s+0", ptx)  # before an output is stored again
         # and each of the four loops has a barrier without which that would not be so
         loops = re.findall(
             r"(?ms)^(\$L__BB\w+):((?:(?!^\$L__BB).)*?tensor\.4d\.shared(?:(?!^\$L__BB).)*?bra\s+\1;)", ptx
@@ -645,6 +646,25 @@ def test_gpu_keys_just_below_the_threshold(forward):
     for seed in range(4):
         assert clustered_error(64, 512, seed, torch.bfloat16, "cuda") < 0.03
         assert clustered_error(64, 512, seed, torch.float16, "cuda") < 0.01
+
+
+@gpu
+def test_gpu_blocks_done_again(forward):
+    """Their gradients too, with rows beyond T, and beside a row with NaN."""
+    for H, T in ((512, 100), (64, 512)):
+        q, k, v = clustered_inputs(H, T, 0, torch.bfloat16, "cuda")
+        again = _operator(q, k)(q, k, v, None, 2, 1.0)[3].diagonal(dim1=1, dim2=2).any(1)  # (H, blocks of queries)
+        assert again.any()
+        dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(0)).to(q)
+        got = run(q, k, v, dout, 1.5, 1.0)
+        expected = dense(q.double(), k.double(), v.double(), dout.double(), 1.5, 1.0)
+        assert max(error(x, y) for x, y in zip(got, expected, strict=True)) < 0.02
+        head, block = again.nonzero()[0].tolist()
+        q[0, head, 64 * block] = math.nan
+        out = causal_entmax_attention(q, k, v, 1.5, 1.0)
+        assert out[0, head, 64 * block].isnan().all()
+        out[0, head, 64 * block] = expected[0][0, head, 64 * block]
+        assert error(out, expected[0]) < 0.02
 
 
 @gpu
