@@ -208,6 +208,21 @@ def _by_rows(x, row: gl.constexpr):
 
 
 @gluon.jit
+def _stepped(tau, total, lower, floor, ceiling, alpha, R: gl.constexpr):
+    """tau after Newton's step, within its bounds."""
+    return gl.minimum(gl.maximum(tau + _newton(total, lower, alpha, R, EXACT)[1], floor), ceiling)
+
+
+@gluon.jit
+def _mark(p_map, j, b_p, p_8, places, nan, GROUP: gl.constexpr):
+    """Tell the map which groups of tile j have support (see _support): all, of 16 rows with NaN."""
+    words = _support(b_p, p_8, places, GROUP, EXACT)
+    words |= -gl.convert_layout(nan, words.type.layout)
+    o_word = gl.arange(0, b_p.shape[0] // 16, words.type.layout)
+    _store_words(p_map + j * (b_p.shape[0] // 16) + o_word, words)
+
+
+@gluon.jit
 def _finish(t_o, head, i_q, s_o, b_o, total, p_shift, tau, new_tau, top, c, o_q, T):
     """Begin to store the output, and store tau for the backward (see _saved): the new one, unless it is smaller, as no
     key with support is to be off the map."""
@@ -380,17 +395,14 @@ def _forward(
         b_p = _powers(_above(b_z, 0.0, shift, c, EXACT), r, R)[0]
         p_8 = tl.sum(_parts(b_p), 1)
         total_8 += p_8
-        words = _support(b_p, p_8, places, GROUP, EXACT)
-        words |= -gl.convert_layout(nan, words.type.layout)
-        o_word = gl.arange(0, TILE // 16, words.type.layout)
-        _store_words(p_map + this_j * (TILE // 16) + o_word, words)
+        _mark(p_map, this_j, b_p, p_8, places, nan, GROUP)
         b_p = gl.convert_layout(b_p.to(dtype), weights)
         b_o = warpgroup_mma(b_p, s_v, b_o, is_async=True)
         b_z = _scores(s_q, _tile(ring, number + 1), b_unused)
     b_z, b_o = warpgroup_mma_wait(0, deps=(b_z, b_o))
 
     total = _by_rows(total_8, row)
-    new_tau = gl.minimum(gl.maximum(tau + _newton(total, lower, alpha, R, EXACT)[1], floor), ceiling)
+    new_tau = _stepped(tau, total, lower, floor, ceiling, alpha, R)
     p_shift += i_bh * n * TILE + o_q
     _finish(t_o, head, i_q, own.index(1), b_o, total, p_shift, tau, new_tau, top, c, o_q, T)
 
@@ -415,14 +427,11 @@ def _forward(
             b_p, b_lower = _powers(_above(b_z, 0.0, shift, c, EXACT), r, R)
             p_8 = tl.sum(_parts(b_p), 1)
             total_8, lower_8 = total_8 + p_8, lower_8 + tl.sum(_parts(b_lower), 1)
-            words = _support(b_p, p_8, places, GROUP, EXACT)
-            words |= -gl.convert_layout(nan, words.type.layout)
-            o_word = gl.arange(0, TILE // 16, words.type.layout)
-            _store_words(p_map + j * (TILE // 16) + o_word, words)
+            _mark(p_map, j, b_p, p_8, places, nan, GROUP)
             b_p = gl.convert_layout(b_p.to(dtype), weights)
             b_o = warpgroup_mma_wait(0, deps=(warpgroup_mma(b_p, _matrix(ring.index(1)), b_o, is_async=True),))
         total, lower = _by_rows(total_8, row), _by_rows(lower_8, row)
-        new_tau = gl.minimum(gl.maximum(tau + _newton(total, lower, alpha, R, EXACT)[1], floor), ceiling)
+        new_tau = _stepped(tau, total, lower, floor, ceiling, alpha, R)
         _finish(t_o, head, i_q, own.index(1), b_o, total, p_shift, tau, new_tau, top, c, o_q, T)
         unsettled = (gl.abs(total - 1) > 2e-4) & (new_tau != tau) & (total > 0) & (o_q < T)
         go = gl.where(go < MAX_SWEEPS, go + 1, 0) * gl.max(unsettled.to(gl.int32), 0)
