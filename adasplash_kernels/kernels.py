@@ -777,8 +777,12 @@ def _query_gradient(
     b_g, b_l, g_8, l_8 = _query_visit(
         b_g, b_l, g_8, l_8, o_q, b_k, b_v, b_q, b_zo, less_mean, top, shift[:, None], o_q, c, r, R, EXACT, True
     )
+    # where all keys have support, the list is not read: that is waited for
+    n_read = tl.where(n_list < i_q * (TILE // GROUP), n * (TILE // GROUP), 0)
     for i in range(0, tl.cdiv(n_list * GROUP, BLOCK)):
-        o_k = _members(tl.load(p_list + i * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)).to(tl.int32), GROUP)
+        o_group = i * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+        groups = tl.load(p_list + o_group, mask=o_group < n_read, other=0).to(tl.int32)
+        o_k = _members(tl.where(o_group < n_read, groups, o_group), GROUP)
         b_g, b_l, g_8, l_8 = _query_visit(
             b_g, b_l, g_8, l_8, o_k, _gather(p_k, s_t, o_k, T, D, BD), _gather(p_v, s_t, o_k, T, D, BD), b_q, b_zo,
             less_mean, top, shift[:, None], o_q, c, r, R, EXACT, False)  # fmt: skip
@@ -842,13 +846,21 @@ def _key_value_gradient(
     b_k, b_v = _in_registers(b_k, EXACT), _in_registers(b_v, EXACT)
     b_zk, b_zv = tl.zeros([TILE, BD], tl.float32), tl.zeros([TILE, BD], tl.float32)
     b_zk, b_zv = _key_value_visit(b_zk, b_zv, o_k, b_q, b_zo, rows, top, b_k, b_v, o_k, c, r, R, EXACT, True)
-    for i in range(0, tl.cdiv(n_list * GROUP, BLOCK)):
-        queries = tl.load(p_list + i * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)).to(tl.int32)
-        o_q = _members(queries, GROUP)
-        b_zk, b_zv = _key_value_visit(
-            b_zk, b_zv, o_q, _gather(p_q, s_t, o_q, T, D, BD), _gather(p_do, s_dt, o_q, T, D, BD),
-            tl.load(p_rows + (queries[:, None] * (2 * GROUP) + tl.arange(0, 2 * GROUP)[None, :])),
-            tl.load(p_top + o_q)[None, :] if EXACT else 0.0, b_k, b_v, o_k, c, r, R, EXACT, False)  # fmt: skip
+    if n_list == (n - 1 - i_k) * (TILE // GROUP):  # all that there are, for which no list is read
+        for i in range((i_k + 1) * (TILE // BLOCK), n * (TILE // BLOCK)):
+            o_i = i * BLOCK + tl.arange(0, BLOCK)
+            b_zk, b_zv = _key_value_visit(
+                b_zk, b_zv, o_i, _load_last(p_q, s_t, i, T, D, BD, BLOCK), _load_last(p_do, s_dt, i, T, D, BD, BLOCK),
+                tl.load(p_rows + i * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)),
+                tl.load(p_top + o_i)[None, :] if EXACT else 0.0, b_k, b_v, o_k, c, r, R, EXACT, False)  # fmt: skip
+    else:
+        for i in range(0, tl.cdiv(n_list * GROUP, BLOCK)):
+            queries = tl.load(p_list + i * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)).to(tl.int32)
+            o_q = _members(queries, GROUP)
+            b_zk, b_zv = _key_value_visit(
+                b_zk, b_zv, o_q, _gather(p_q, s_t, o_q, T, D, BD), _gather(p_do, s_dt, o_q, T, D, BD),
+                tl.load(p_rows + (queries[:, None] * (2 * GROUP) + tl.arange(0, 2 * GROUP)[None, :])),
+                tl.load(p_top + o_q)[None, :] if EXACT else 0.0, b_k, b_v, o_k, c, r, R, EXACT, False)  # fmt: skip
     if not EXACT:
         b_zv += b_zk * 0.0  # the u of a row with NaN are 0, so that it makes dK NaN alone
     _store(p_dk, 3 * H * D, i_k, T, b_zk * scale, D, BD, TILE)

@@ -295,6 +295,13 @@ def test_groups_of_long_sequences_visited(group, dtype, monkeypatch):
         check(*normal_inputs(1, 2, 150, 150, 16, 2, dtype, spread=spread), 1.5)
 
 
+@pytest.mark.parametrize("T", (128, 191, 200))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+def test_blocks_of_which_all_has_support(dtype, T):
+    """These are visited without their lists."""
+    check(*normal_inputs(1, 2, T, T, 16, 2, dtype, spread=0.05), 1.5)
+
+
 @pytest.mark.parametrize("seed", (2, 12))
 def test_half_precision_of_keys_just_below_the_threshold(seed):
     assert clustered_error(4, 160, seed, torch.bfloat16) < 0.025
