@@ -1,15 +1,14 @@
-"""A transformer's two layers with GELU between, and the norm before them; for the backward pass little is kept.
+"""A transformer's two layers with GELU between; for the backward pass little is kept.
 
-That is the sum along the residual stream, and GELU's argument, z. GELU(z), as large, is computed again by the kernel
-that also takes the gradient through GELU and sums it up for the bias; what the norm gives, by the kernel that takes the
-gradient through the norm (add_norm.py). On Hopper GELU and its gradient are done before the matrix products that they
-follow are stored (mlp_hopper.py): the wide tensors are written once, and z is read once.
+That is what the first layer gets, and GELU's argument, z. GELU(z), as large, is computed again by the kernel that also
+takes the gradient through GELU and sums it up for the bias. On Hopper GELU and its gradient are done before the matrix
+products that they follow are stored (mlp_hopper.py): the wide tensors are written once, and z is read once.
 """
 
 import torch
 import torch.nn.functional as F
 
-from add_norm import add_norm_gradient, add_norm_rows, takes_kernel, triton
+from residual import add_product_, takes_kernel, triton
 
 ROWS = 128  # of which a kernel gives one sum
 
@@ -98,32 +97,30 @@ def _sum_dtype(z):
     return torch.promote_types(z.dtype, torch.float32)
 
 
-class _MLP(torch.autograd.Function):
+class _AddMLP(torch.autograd.Function):
     """Only what is fused is an operator of its own: the compiler sees, and calls, the other matrix products."""
 
     @staticmethod
-    def forward(ctx, x, y, y_bias, norm_weight, norm_bias, eps, weight, bias, out_weight):
-        x, h = add_norm_rows(x, y, y_bias, norm_weight, norm_bias, eps)
+    def forward(ctx, x, h, weight, bias, out_weight):
         z, a = linear_gelu(h, weight, bias)
-        ctx.save_for_backward(x, norm_weight, norm_bias, z, weight, out_weight)
-        ctx.eps, ctx.bias_dtype = eps, bias.dtype
-        return x, a @ out_weight.T
+        ctx.save_for_backward(h, z, weight, out_weight)
+        ctx.bias_dtype = bias.dtype
+        x = x.clone()  # as in residual.py
+        add_product_(x, a, out_weight.T)
+        return x
 
     @staticmethod
-    def backward(ctx, dx, dy):
-        x, norm_weight, norm_bias, z, weight, out_weight = ctx.saved_tensors
-        a, dz, sums = linear_gelu_gradient(dy, out_weight, z)
-        dx, h, norm_sums = add_norm_gradient(x, norm_weight, norm_bias, dx, dz @ weight, ctx.eps, True)
-        dnorm_weight, dnorm_bias, dy_bias = norm_sums.sum(0).to(norm_weight.dtype).unbind(0)
-        dbias = sums.sum(0).to(ctx.bias_dtype)
-        return dx, dx, dy_bias, dnorm_weight, dnorm_bias, None, dz.T @ h, dbias, dy.T @ a
+    def backward(ctx, dx):
+        h, z, weight, out_weight = ctx.saved_tensors
+        a, dz, sums = linear_gelu_gradient(dx, out_weight, z)
+        return dx, dz @ weight, dz.T @ h, sums.sum(0).to(ctx.bias_dtype), dx.T @ a
 
 
-def add_norm_mlp(x, y, y_bias, norm, weight, bias, out_weight):
-    """x + y + y_bias, and GELU(h weight^T + bias) out_weight^T, where h is the norm of the first: (N, C) both.
+def add_mlp(x, h, weight, bias, out_weight):
+    """x + GELU(h weight^T + bias) out_weight^T, (N, C). Compiled, in the place of x.
 
     GELU by tanh: Hendrycks and Gimpel, arXiv 1606.08415, section 2.
-    x and y (N, C), weight (W, C) and out_weight (C, W) of one dtype, that of autocast where it is on; y_bias (C), bias
-    (W), and weight and bias of norm, an nn.LayerNorm, of that or a wider one.
+    x and h (N, C), weight (W, C) and out_weight (C, W) of one dtype, that of autocast where it is on; bias (W), of that
+    or a wider one.
     """
-    return _MLP.apply(x, y, y_bias, norm.weight, norm.bias, norm.eps, weight, bias, out_weight)
+    return _AddMLP.apply(x, h, weight, bias, out_weight)

@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from adasplash_kernels import SOFTMAX, causal_entmax_attention, causal_entmax_attention_qkvpacked
-from add_norm import add_norm
 from cli import UserError
 from cross_entropy import ROWS, head_loss
-from mlp import add_norm_mlp
+from mlp import add_mlp
 from qkv import queries_keys_values, queries_keys_values_packed
+from residual import add_product, norm
 
 SIZES = {  # layers, heads, channels
     "tiny": (4, 4, 128),
@@ -69,29 +69,23 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.entmax = config.attention == "entmax"
 
-    def forward(self, x, past=None):
-        """x: (B, T, C) -> the same, without the last bias (see Block).
+    def forward(self, qkv, past=None):
+        """What c_attn gives, as (B, T, 3, H, D) or as three (B, H, T, D) -> (B, T, C), for c_proj.
 
         past: None, or a list that holds this layer's keys and values so far and is extended.
         """
-        B, T, C = x.shape
-        if x.is_cuda:  # the same, with a backward that is faster there, and slower on a CPU
-            project = queries_keys_values_packed if self.entmax else queries_keys_values
-            qkv = project(rounded(x), rounded(self.c_attn.weight), self.c_attn.bias, self.n_head)
-        else:
-            qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv if isinstance(qkv, tuple) else qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        q, k, v = qkv if isinstance(qkv, tuple) else qkv.permute(2, 0, 3, 1, 4)
         if past is not None:
             if past:
                 k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
             past[:] = k, v
         if not self.entmax:  # with a cache T may be 1: the newest token, which sees all keys
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=T == k.shape[2])
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] == k.shape[2])
         elif past is None:
             y = causal_entmax_attention_qkvpacked(qkv, self.alpha)
         else:
             y = causal_entmax_attention(q, k, v, self.alpha)
-        return F.linear(y.transpose(1, 2).reshape(B, T, C), self.c_proj.weight)
+        return y.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -100,14 +94,8 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x, y, y_bias, norm):
-        """The residual stream, x + y + y_bias, and what the layers make of its norm, without the last bias."""
-        if not x.is_cuda:
-            x, h = add_norm(x, y, y_bias, norm)
-            return x, F.linear(F.gelu(self.c_fc(h), approximate="tanh"), self.c_proj.weight)
-        rows = x.flatten(0, 1), y.flatten(0, 1)  # the same up to rounding, in less memory and time
-        weight, out_weight = rounded(self.c_fc.weight), rounded(self.c_proj.weight)
-        return [z.view_as(x) for z in add_norm_mlp(*rows, y_bias, norm, weight, self.c_fc.bias, out_weight)]
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -118,12 +106,35 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, h, past=None):
-        """The residual stream x and h = ln_1(x) -> the stream after attention, and what is yet to join it.
+    def forward(self, x, past=None):
+        """x: the residual stream, (B, T, C), before this block -> after it. past: see Attention."""
+        attn = self.attn
+        qkv = attn.c_attn(self.ln_1(x)).unflatten(2, (3, attn.n_head, -1))
+        x = x + attn.c_proj(attn(qkv, past))
+        return x + self.mlp(self.ln_2(x))
 
-        Layers leave their last bias to what adds their output to the stream.
+    def fused(self, x, bias, B):
+        """The same up to rounding, for a GPU: x (B T, C) + bias (C), the residual stream, before and after.
+
+        Biases that layers add to all rows of the stream alike are kept apart, so that x is only added to by matrix
+        products; and the gain and bias of a norm are taken into the layer that follows.
         """
-        return self.mlp(x, self.attn(h, past), self.attn.c_proj.bias, self.ln_2)
+        attn, mlp, eps = self.attn, self.mlp, self.ln_1.eps
+        x, h = norm(x, bias, eps)
+        weight, qkv_bias = folded(self.ln_1, attn.c_attn)
+        q_bias, _, v_bias = qkv_bias.chunk(3)  # of which only the first matters to the weights: see qkv.py
+        project = queries_keys_values_packed if attn.entmax else queries_keys_values
+        y = attn(project(h.unflatten(0, (B, -1)), weight, q_bias, attn.n_head)).flatten(0, 1)
+        x = add_product(x, y, rounded(attn.c_proj.weight))
+        bias = bias + attn.c_proj(v_bias[None])[0]
+        x, h = norm(x, bias, eps)
+        x = add_mlp(x, h, *folded(self.ln_2, mlp.c_fc), rounded(mlp.c_proj.weight))
+        return x, bias + mlp.c_proj.bias
+
+
+def folded(norm, linear):
+    """Weight and bias of a layer that follows a norm, with the norm's gain and bias taken in."""
+    return rounded(linear.weight * norm.weight), linear.bias + (linear.weight * norm.bias).sum(1)
 
 
 def rounded(x):
@@ -192,16 +203,16 @@ class GPT(nn.Module):
         past: None, or one list a layer with the keys and values of the tokens before these, which grow by these.
         """
         start = past[0][0].shape[2] if past and past[0] else 0
-        # in 16 bits from here, if any: half the traffic of the sums along the residual stream
+        # in 16 bits from here, if any: half the traffic along the residual stream
         x = rounded(self.wte(tokens) + self.wpe.weight[start : start + tokens.shape[1]])
-        h = self.h[0].ln_1(x)
+        if x.is_cuda and past is None:
+            rows, bias = x.flatten(0, 1), torch.zeros_like(self.ln_f.bias)
+            for block in self.h:
+                rows, bias = block.fused(rows, bias, len(x))
+            return self.ln_f(rows + bias).view_as(x)
         for i, block in enumerate(self.h):
-            x, y = block(x, h, past[i] if past is not None else None)
-            y_bias = block.mlp.c_proj.bias
-            if block is not self.h[-1]:
-                x, h = add_norm(x, y, y_bias, self.h[i + 1].ln_1)
-        # not by add_norm: if head_loss followed that, Inductor 2.11 would take twice as long with each layer
-        return self.ln_f(x + y + rounded(y_bias))
+            x = block(x, past[i] if past is not None else None)
+        return self.ln_f(x)
 
     def logits(self, x):
         """x: (B, T, C) hidden states -> (B, T, V) logits over the real vocabulary."""

@@ -31,8 +31,7 @@ def watching(model, look):
     """Within, each forward pass of a GPT calls look(layer, q, k), with the q and k (B, H, T, D) that attention gets."""
 
     def on_input(layer, attention, inputs):  # of one layer at a time
-        qkv = attention.c_attn(inputs[0])  # attention itself need not call this module
-        q, k, _ = qkv.unflatten(2, (3, model.config.n_head, -1)).permute(2, 0, 3, 1, 4)
+        q, k, _ = inputs[0].permute(2, 0, 3, 1, 4)
         look(layer, q, k)
 
     handles = [block.attn.register_forward_pre_hook(partial(on_input, i)) for i, block in enumerate(model.h)]

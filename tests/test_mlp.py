@@ -5,42 +5,32 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from conftest import CompileForHopper, compile_in_a_process, run_in_interpreter
 
-from add_norm import add_norm_rows
-from mlp import ROWS, add_norm_mlp, linear_gelu, linear_gelu_gradient
+from mlp import ROWS, add_mlp, linear_gelu, linear_gelu_gradient
 from model import GPT, GPTConfig
 
 INTERPRETED = "TRITON_INTERPRET" in os.environ  # CPU tensors go to the kernel
 
 
 def errors(N, C, W, dtype, device="cpu", size=1.0):
-    """Relative errors of the sum and the output, and of the gradients by all that they depend on."""
+    """Relative errors of the sum, and of the gradients by all that it depends on."""
     generator = torch.Generator(device).manual_seed(N + W)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
     def drawn(*shape, std=1.0, dtype=dtype):
         return (std * torch.randn(*shape, device=device, generator=generator)).to(dtype).requires_grad_()
 
-    x, y, y_bias = drawn(N, C), drawn(N, C), drawn(C, dtype=wide)
-    norm = SimpleNamespace(weight=drawn(C, std=size, dtype=wide), bias=drawn(C, std=size, dtype=wide), eps=1e-5)
-    weight, bias, out_weight = drawn(W, C, std=C**-0.5), drawn(W, dtype=wide), drawn(C, W, std=W**-0.5)
-    tensors = x, y, y_bias, norm.weight, norm.bias, weight, bias, out_weight
-    dx, dy = drawn(N, C).detach(), drawn(N, C).detach()
-    out = add_norm_mlp(x, y, y_bias, norm, weight, bias, out_weight)
-    got = *out, *torch.autograd.grad(out, tensors, (dx, dy))
-    assert [t.dtype for t in got] == [dtype, dtype, *(t.dtype for t in tensors)]
-    exact = [t.detach().double().requires_grad_() for t in tensors]
-    x, y, y_bias, norm_weight, norm_bias, weight, bias, out_weight = exact
-    rounded_sum, rounded_h = (t.double() for t in add_norm_rows(*(t.detach() for t in tensors[:5]), 1e-5))
-    total = x + y + y_bias
-    # each step is of what was rounded before it, which test_add_norm.py looks at
-    h = F.layer_norm(total + (rounded_sum - total).detach(), (C,), norm_weight, norm_bias)
-    h = h + (rounded_h - h).detach()
-    out = total, F.gelu(h @ weight.T + bias, approximate="tanh") @ out_weight.T
-    expected = *out, *torch.autograd.grad(out, exact, (dx.double(), dy.double()))
+    x, h, weight, bias = drawn(N, C), drawn(N, C, std=size), drawn(W, C, std=C**-0.5), drawn(W, dtype=wide)
+    tensors = x, h, weight, bias, drawn(C, W, std=W**-0.5)
+    kept, dx = x.detach().clone(), drawn(N, C).detach()
+    out = add_mlp(*tensors)
+    got = out, *torch.autograd.grad(out, tensors, dx)
+    assert torch.equal(x, kept) and [t.dtype for t in got] == [dtype, *(t.dtype for t in tensors)]
+    x, h, weight, bias, out_weight = exact = [t.detach().double().requires_grad_() for t in tensors]
+    out = x + F.gelu(h @ weight.T + bias, approximate="tanh") @ out_weight.T
+    expected = out, *torch.autograd.grad(out, exact, dx.double())
     return [((a - b).norm() / b.norm()).item() for a, b in zip(got, expected, strict=True)]
 
 
@@ -55,11 +45,12 @@ def test_against_float64(shape, size):
     assert max(errors(*shape, torch.float64, size=size)) < 1e-14
 
 
-def test_what_is_not_finite_stays_so():
-    x, others = torch.ones(3, 4), (torch.ones(8, 4), torch.ones(8), torch.ones(4, 8))
-    x[1, 2] = float("nan")
-    _, y = add_norm_mlp(x.requires_grad_(), torch.ones(3, 4), torch.ones(4), nn.LayerNorm(4), *others)
-    for rows in (y, *torch.autograd.grad(y.sum(), x)):
+def test_what_is_not_finite_stays_in_its_row():
+    h = torch.ones(3, 4)
+    h[1, 2] = float("nan")
+    others = torch.ones(8, 4), torch.ones(8), torch.ones(4, 8)
+    x = add_mlp(torch.ones(3, 4), h.requires_grad_(), *others)
+    for rows in (x, *torch.autograd.grad(x.sum(), h)):
         assert rows.isfinite().all(1).tolist() == [True, False, True]
 
 

@@ -234,6 +234,23 @@ def test_one_graph_without_a_break(attention, alpha):
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("attention", ("softmax", "entmax"))
+def test_fused_blocks_do_as_blocks(attention):
+    """In float64 the stream after them, less what is kept beside it, and all gradients."""
+    model = new_model(attention).double()
+    with torch.no_grad():
+        for parameter in model.parameters():  # gains and biases too are to matter
+            parameter += 0.1 * torch.randn_like(parameter)
+    x = torch.randn(2, 41, 64, dtype=torch.float64, requires_grad=True)
+    expected, rows, bias = x, x.flatten(0, 1), torch.zeros(64, dtype=torch.float64)
+    for block in model.h:
+        expected, (rows, bias) = block(expected), block.fused(rows, bias, 2)
+    got, weights, tensors = (rows + bias).view_as(x), torch.randn_like(x), [x, *model.h.parameters()]
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad((weights * y).sum(), tensors) for y in (got, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
 def test_positions_beyond_1024():
     model = new_model(n_positions=1500)
     with torch.no_grad():

@@ -50,10 +50,7 @@ def dense_weights(model, tokens, rows):
     model(torch.tensor([tokens]), torch.tensor([tokens]))
     for hook in hooks:
         hook.remove()
-    q, k, _ = torch.stack(
-        [block.attn.c_attn(x)[0] for block, x in zip(model.h, inputs, strict=True)]
-    ).chunk(3, -1)  # (L, T, C) each  # fmt: skip
-    q, k = (x.unflatten(-1, (model.config.n_head, -1)).transpose(1, 2) for x in (q, k))
+    q, k, _ = torch.cat(inputs).permute(2, 0, 3, 1, 4)  # (L, H, T, D) each
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     p = torch.zeros_like(scores)
     for i in range(T):
