@@ -113,28 +113,42 @@ class Block(nn.Module):
         x = x + attn.c_proj(attn(qkv, past))
         return x + self.mlp(self.ln_2(x))
 
-    def fused(self, x, bias, B):
-        """The same up to rounding, for a GPU: x (B T, C) + bias (C), the residual stream, before and after.
+    def fold(self, bias):
+        """The weights and biases that fused() takes, where the stream before this block has that bias.
 
-        Biases that layers add to all rows of the stream alike are kept apart, so that x is only added to by matrix
-        products; and the gain and bias of a norm are taken into the layer that follows.
+        After attention, with heads' outputs y, it is x + y W^T, and its bias the one before + W v_bias + c_proj.bias.
         """
-        attn, mlp, eps = self.attn, self.mlp, self.ln_1.eps
+        attn, mlp = self.attn, self.mlp
+        qkv_weight, qkv_bias = folded(self.ln_1, attn.c_attn)
+        q_bias, _, v_bias = qkv_bias.chunk(3)  # of which only the first changes what is attended to: see qkv.py
+        # as a product of matrices: of vectors the compiler would make one kernel for all blocks, too large for Triton
+        middle_bias = bias + attn.c_proj(v_bias[None])[0]
+        fc_weight, fc_bias = folded(self.ln_2, mlp.c_fc)
+        end_bias = middle_bias + mlp.c_proj.bias
+        return [
+            qkv_weight, q_bias, attn.c_proj.weight, middle_bias, fc_weight, fc_bias, mlp.c_proj.weight, end_bias
+        ]  # fmt: skip
+
+    def fused(self, x, bias, B, weights):
+        """What forward() does, up to rounding, with fewer passes over memory.
+
+        The stream is x (B T, C) + bias (C), before and after: biases that layers add to all rows alike are kept apart,
+        so that x is only added to by matrix products. The gain and bias of a norm are taken into the layer that
+        follows. weights: from fold().
+        """
+        qkv_weight, q_bias, proj_weight, middle_bias, fc_weight, fc_bias, out_weight, end_bias = weights
+        attn, eps = self.attn, self.ln_1.eps
         x, h = norm(x, bias, eps)
-        weight, qkv_bias = folded(self.ln_1, attn.c_attn)
-        q_bias, _, v_bias = qkv_bias.chunk(3)  # of which only the first matters to the weights: see qkv.py
         project = queries_keys_values_packed if attn.entmax else queries_keys_values
-        y = attn(project(h.unflatten(0, (B, -1)), weight, q_bias, attn.n_head)).flatten(0, 1)
-        x = add_product(x, y, rounded(attn.c_proj.weight))
-        bias = bias + attn.c_proj(v_bias[None])[0]
-        x, h = norm(x, bias, eps)
-        x = add_mlp(x, h, *folded(self.ln_2, mlp.c_fc), rounded(mlp.c_proj.weight))
-        return x, bias + mlp.c_proj.bias
+        y = attn(project(h.unflatten(0, (B, -1)), rounded(qkv_weight), q_bias, attn.n_head)).flatten(0, 1)
+        x = add_product(x, y, rounded(proj_weight))
+        x, h = norm(x, middle_bias, eps)
+        return add_mlp(x, h, rounded(fc_weight), fc_bias, rounded(out_weight)), end_bias
 
 
 def folded(norm, linear):
     """Weight and bias of a layer that follows a norm, with the norm's gain and bias taken in."""
-    return rounded(linear.weight * norm.weight), linear.bias + (linear.weight * norm.bias).sum(1)
+    return linear.weight * norm.weight, linear.bias + linear.weight @ norm.bias
 
 
 def rounded(x):
@@ -185,31 +199,47 @@ class GPT(nn.Module):
         for block in self.h:
             block.attn.alpha = value
 
-    def forward(self, tokens, targets, reduction="none"):
+    def fold(self):
+        """What forward() takes in place of the blocks' parameters: 8 tensors a block (see Block.fold), float32."""
+        with torch.autocast(self.wte.weight.device.type, enabled=False):
+            weights, bias = [], torch.zeros_like(self.ln_f.bias)
+            for block in self.h:
+                weights += block.fold(bias)
+                bias = weights[-1]
+        return weights
+
+    def forward(self, tokens, targets, reduction="none", weights=()):
         """tokens, targets: (B, T) int64. The cross-entropy in nats of every target, (B, T) float32, or their "mean".
 
-        Training takes the mean, whose gradients are computed along with it (see head_loss).
+        Training takes the mean, whose gradients are computed along with it (see head_loss). weights: those of fold(),
+        of which matrices may have been rounded; without, a GPU makes them here, and a CPU does without.
         """
-        x, targets = self.hidden(tokens).flatten(0, 1), targets.flatten()
+        targets = targets.flatten()
+        if tokens.is_cuda or weights:
+            x, bias = self.embedded(tokens).flatten(0, 1), torch.zeros_like(self.ln_f.bias)
+            weights = weights or self.fold()
+            for i, block in enumerate(self.h):
+                x, bias = block.fused(x, bias, len(tokens), weights[8 * i : 8 * i + 8])
+            x = self.ln_f(x + bias)
+        else:
+            x = self.hidden(tokens).flatten(0, 1)
         if reduction == "mean":
             return head_loss(rounded(x), self.wte.weight, targets, self.config.vocab_size)[0]
         blocks = zip(x.split(ROWS), targets.split(ROWS), strict=True)
         losses = [F.cross_entropy(self.logits(rows).float(), t, reduction="none") for rows, t in blocks]
         return torch.cat(losses).view_as(tokens)
 
+    def embedded(self, tokens, start=0):
+        """The residual stream before the first block, where tokens (B, T) begin at position `start`."""
+        # in 16 bits from here, if any: half the traffic along it
+        return rounded(self.wte(tokens) + self.wpe.weight[start : start + tokens.shape[1]])
+
     def hidden(self, tokens, past=None):
         """tokens: (B, T) int64 -> the last hidden states, (B, T, C).
 
         past: None, or one list a layer with the keys and values of the tokens before these, which grow by these.
         """
-        start = past[0][0].shape[2] if past and past[0] else 0
-        # in 16 bits from here, if any: half the traffic along the residual stream
-        x = rounded(self.wte(tokens) + self.wpe.weight[start : start + tokens.shape[1]])
-        if x.is_cuda and past is None:
-            rows, bias = x.flatten(0, 1), torch.zeros_like(self.ln_f.bias)
-            for block in self.h:
-                rows, bias = block.fused(rows, bias, len(x))
-            return self.ln_f(rows + bias).view_as(x)
+        x = self.embedded(tokens, past[0][0].shape[2] if past and past[0] else 0)
         for i, block in enumerate(self.h):
             x = block(x, past[i] if past is not None else None)
         return self.ln_f(x)

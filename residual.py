@@ -1,4 +1,4 @@
-"""The residual stream of a transformer on a GPU: matrix products add to it in its place, and norms read it.
+"""The residual stream of a transformer on a GPU: matrix products, compiled, add to it in its place; norms read it.
 
 A sum of the stream with what a layer gives is then no kernel of its own. What the stream was before is needed no more:
 the backward pass takes the gradient through a norm from what the norm gave, before gain and bias, which the next

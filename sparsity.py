@@ -28,7 +28,7 @@ DPI = 150
 
 @contextmanager
 def watching(model, look):
-    """Within, each forward pass of a GPT calls look(layer, q, k), with the q and k (B, H, T, D) that attention gets."""
+    """Within, hidden() of an entmax GPT calls look(layer, q, k), with the q and k (B, H, T, D) that attention gets."""
 
     def on_input(layer, attention, inputs):  # of one layer at a time
         q, k, _ = inputs[0].permute(2, 0, 3, 1, 4)

@@ -11,7 +11,6 @@ Continue a run that was stopped:
 """
 
 import atexit
-import gc
 import itertools
 import json
 import math
@@ -37,7 +36,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import cli
@@ -335,7 +333,7 @@ def start_machine(device, dtype, deterministic=False, stop=None):
                 raise UserError(f"WORLD_SIZE is {world_size}: {error}: start with torchrun, or unset it") from error
             raise
         control = dist.new_group(backend="gloo", timeout=TIMEOUT) if device == "cuda" else None
-        atexit.register(leave_process_group)
+        atexit.register(dist.destroy_process_group)
     return Machine(
         device=torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device),
         rank=rank,
@@ -376,11 +374,6 @@ def store_of_this_start(rank, world_size):
         name = store.get(name).decode()
         store.queue_push(f"to process 0 from {rank}", name)
     return dist.PrefixStore(name, store)
-
-
-def leave_process_group():
-    gc.collect()  # DDP's reference cycles hold gloo's threads, which abort the process if they outlive Python
-    dist.destroy_process_group()
 
 
 PEAK_FLOPS = {  # dense bfloat16, from the vendor's data sheets; the first name that fits counts
@@ -686,32 +679,67 @@ def compile_model(model):
     return torch.compile(model, dynamic=False, fullgraph=True, mode="reduce-overhead")
 
 
-def allocate_gradients(model):
-    """Gradients of zero, which add_gradients adds to: zero_grad(set_to_none=False) keeps them."""
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+class Gradients:
+    """A GPT's gradients, to which the micro-batches of a step add theirs, in float32.
 
+    With `fold`, which pays on a GPU, the blocks' weights are folded (see GPT.fold) and rounded once a step, and what
+    their gradients add up to is taken back to the parameters once a step.
 
-def add_gradients(model, batches, micro_batches, machine):
-    """Forward and backward over a step's micro-batches, whose gradients add up.
-
-    Returns the mean loss over all ranks, () float32, None when asked to stop.
+    weights: for GPT.forward. all: the parameters' gradients in one vector.
     """
-    loss, parameters = torch.zeros((), device=machine.device), list(model.parameters())
-    for micro_step in range(micro_batches):
+
+    def __init__(self, model, machine, fold):
+        parameters, self.model = list(model.parameters()), model
+        self.all = torch.zeros(sum(p.numel() for p in parameters), device=machine.device)
+        for parameter, gradient in zip(parameters, self.all.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        self.weights, self.sums = [], []
+        if fold:
+            parameters = [*model.wte.parameters(), *model.wpe.parameters(), *model.ln_f.parameters()]
+            for folded in model.fold():
+                dtype = torch.bfloat16 if machine.autocast and folded.dim() == 2 else torch.float32
+                self.weights.append(torch.empty_like(folded, dtype=dtype, requires_grad=True))
+                torch._dynamo.mark_static_address(self.weights[-1])  # so that a CUDA graph reads it where it is
+            self.sums = [torch.empty_like(x, dtype=torch.float32) for x in self.weights]
+        self.tensors = self.weights + parameters  # that a loss depends on
+        self.totals = self.sums + [p.grad for p in parameters]
+
+    def begin(self):
+        self.all.zero_()
+        if self.weights:
+            torch._foreach_zero_(self.sums)
+            with torch.no_grad():
+                torch._foreach_copy_(self.weights, self.model.fold())
+
+    def add(self, loss):
+        gradients = torch.autograd.grad(loss, self.tensors)  # backward() would add them one by one
+        for dtype in {x.dtype for x in gradients}:  # float32 by one launch; what is rounded would prevent that
+            pairs = [(total, x) for total, x in zip(self.totals, gradients, strict=True) if x.dtype == dtype]
+            torch._foreach_add_(*zip(*pairs, strict=True))
+
+    def end(self):
+        if self.weights:
+            torch.autograd.backward(self.model.fold(), self.sums)
+
+
+def add_gradients(model, gradients, batches, micro_batches, machine):
+    """Forward and backward over a step's micro-batches; model: a GPT, or that compiled, with these gradients.
+
+    Leaves the mean of the gradients over all ranks, and returns that of the loss, () float32; None when asked to stop.
+    """
+    loss = torch.zeros((), device=machine.device)
+    gradients.begin()
+    for _ in range(micro_batches):
         if machine.stopping():
             return None
         inputs, targets = next(batches)
-        # the ranks average their gradients once a step: in backward() of the last micro-batch
-        average = machine.world_size > 1 and micro_step == micro_batches - 1
-        with nullcontext() if average or machine.world_size == 1 else model.no_sync():
-            with machine.precision():
-                micro_loss = model(inputs, targets, reduction="mean") / micro_batches
-            if average:
-                micro_loss.backward()
-            else:  # backward() would add them one by one
-                torch._foreach_add_([p.grad for p in parameters], torch.autograd.grad(micro_loss, parameters))
+        with machine.precision():
+            micro_loss = model(inputs, targets, "mean", gradients.weights) / micro_batches
+        gradients.add(micro_loss)
         loss += micro_loss.detach()
+    gradients.end()
+    if machine.world_size > 1:
+        machine.sum(gradients.all).div_(machine.world_size)
     return machine.sum(loss) / machine.world_size
 
 
@@ -875,6 +903,9 @@ def train(config, stop, claims):
         path = machine.from_rank_0(lambda: hellaswag.find(config.hellaswag))
         questions = HellaSwag(path, load_tokenizer(config.tokenizer), model.config.n_positions)
     model.to(device)
+    if world_size > 1:  # CPUs differ in the last bits that they draw, and machines in what a name stands for
+        for parameter in model.parameters():
+            dist.broadcast(parameter.data, src=0)
     optimizer = make_optimizer(model, config)
     if resumed:
         with checkpoint.reading(resumed):
@@ -929,10 +960,8 @@ def train(config, stop, claims):
             go_on = f"--config {quoted}/config.toml --run_dir {quoted} --resume auto"
             notice(f"stopped by {reason} after step {step}: python train_gpt2.py {go_on}")
 
-    # `model` holds the weights; `run_model` is how a batch goes through them
-    allocate_gradients(model)
     compiled = compile_model(model) if config.compile else model
-    run_model = DistributedDataParallel(compiled, gradient_as_bucket_view=True) if world_size > 1 else compiled
+    gradients = Gradients(model, machine, fold=device.type == "cuda")
 
     parameters, width = sum(p.numel() for p in model.parameters()), model.config.n_layer * model.config.n_embd
     event = "resume" if resumed else "start"
@@ -991,7 +1020,7 @@ def train(config, stop, claims):
             # from here on, as its rate is that of steps
             progress = progress or Progress(config.max_steps, "steps", "training", done=step, quiet=rank > 0)
             began = time.perf_counter()
-            loss = add_gradients(run_model, batches, micro_batches, machine)
+            loss = add_gradients(compiled, gradients, batches, micro_batches, machine)
             if loss is None:
                 return leave(step, evaluated)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
@@ -1004,7 +1033,6 @@ def train(config, stop, claims):
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=False)  # see allocate_gradients
             step, evaluated = step + 1, False  # this step is done, its evaluations are not
 
             seconds = time.perf_counter() - began

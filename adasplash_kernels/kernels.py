@@ -777,7 +777,7 @@ def _query_gradient(
     b_g, b_l, g_8, l_8 = _query_visit(
         b_g, b_l, g_8, l_8, o_q, b_k, b_v, b_q, b_zo, less_mean, top, shift[:, None], o_q, c, r, R, EXACT, True
     )
-    # where all keys have support, the list is not read: that is waited for
+    # where all keys have support, their list is not read: this program would wait for it
     n_read = tl.where(n_list < i_q * (TILE // GROUP), n * (TILE // GROUP), 0)
     for i in range(0, tl.cdiv(n_list * GROUP, BLOCK)):
         o_group = i * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)

@@ -34,8 +34,8 @@ from data.shards import TokenStream, find_shards, training_batches
 from model import GPT, SIZES, GPTConfig
 from train_gpt2 import (
     Config,
+    Gradients,
     add_gradients,
-    allocate_gradients,
     compile_model,
     make_optimizer,
     peak_flops,
@@ -87,7 +87,7 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(self.head(self.ln_f(x)).flatten(0, 1), targets.flatten())
 
 
-def add_plain_gradients(model, batches, micro_batches, machine):
+def add_plain_gradients(model, _, batches, micro_batches, machine):
     """add_gradients, as one would write it down."""
     loss = torch.zeros((), device=machine.device)
     for inputs, targets in itertools.islice(batches, micro_batches):
@@ -175,8 +175,7 @@ def measure(case, micro_batch_size, args):
     for group in optimizer.param_groups:  # the weights stay as they are, and so do the tiles that they leave empty
         group["lr"] = 0.0
     compiled, plain = model, case == "baseline"
-    if not plain:
-        allocate_gradients(model)
+    gradients = None if plain else Gradients(model, machine, fold=device.type == "cuda")
     if args.compile == "true":
         compiled = torch.compile(model, dynamic=False, fullgraph=True) if plain else compile_model(model)
     batches = batches_of(args, micro_batch_size, device)
@@ -184,11 +183,12 @@ def measure(case, micro_batch_size, args):
     def step():
         """As the trainer's: ends when the device has done it all."""
         add = add_plain_gradients if plain else add_gradients
-        loss = add(compiled, batches, args.batch_size // micro_batch_size, machine)
+        loss = add(compiled, gradients, batches, args.batch_size // micro_batch_size, machine)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         assert math.isfinite(loss.item()) and math.isfinite(norm.item())
         optimizer.step()
-        optimizer.zero_grad(set_to_none=plain)
+        if plain:
+            optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -357,6 +357,34 @@ def test_processes_that_differ_are_refused(flags, shards, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_begin_with_the_weights_of_the_first(flags, tmp_path):
+    """Though they draw others, as machines may."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, train_gpt2
+from model import GPT
+
+models, init_weights = [], GPT.init_weights
+def init_others(model, *args):
+    init_weights(model, *args)
+    models.append(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += SHIFT
+GPT.init_weights = init_others
+train_gpt2.main()
+print("WEIGHTS", *(p.double().sum().item() for p in models[0].parameters()), file=sys.stderr)
+"""
+    arguments = [*flags, "--micro_batch_size=2", "--run_dir=run", "--max_steps=2", "--warmup_steps=1"]
+    commands = [["-c", program.replace("SHIFT", shift), *arguments] for shift in ("0.0", "0.01")]
+    found = []
+    for code, err in two_processes(tmp_path, commands):
+        assert code == 0, err
+        found += [line for line in err.splitlines() if line.startswith("WEIGHTS")]
+    assert len(found) == 2 and found[0] == found[1]
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_ends_the_wait_for_other_processes(start, flags, tmp_path, name):
     """Of which there is none."""

@@ -244,7 +244,7 @@ def test_fused_blocks_do_as_blocks(attention):
     x = torch.randn(2, 41, 64, dtype=torch.float64, requires_grad=True)
     expected, rows, bias = x, x.flatten(0, 1), torch.zeros(64, dtype=torch.float64)
     for block in model.h:
-        expected, (rows, bias) = block(expected), block.fused(rows, bias, 2)
+        expected, (rows, bias) = block(expected), block.fused(rows, bias, 2, block.fold(bias))
     got, weights, tensors = (rows + bias).view_as(x), torch.randn_like(x), [x, *model.h.parameters()]
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad((weights * y).sum(), tensors) for y in (got, expected)]

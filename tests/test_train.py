@@ -22,8 +22,9 @@ from data.shards import TokenStream, find_shards, write_shard
 from model import GPT, GPTConfig
 from train_gpt2 import (
     Config,
+    Gradients,
+    Machine,
     add_gradients,
-    allocate_gradients,
     compile_model,
     entmax_alpha,
     learning_rate,
@@ -454,7 +455,7 @@ def test_killed_and_resumed_on_a_gpu_deterministically(start, run, flags, tmp_pa
     assert read_log(tmp_path / "killed") == read_log(tmp_path / "whole")
 
 
-def check_that_gradients_add_up(attention, device, compiled):
+def check_that_gradients_add_up(attention, device, compiled, fold):
     """Over the micro-batches of a step, and anew in each step."""
     machine = start_machine(device, "float32")
     torch.set_float32_matmul_precision("highest")  # which was TF32 by then
@@ -463,21 +464,26 @@ def check_that_gradients_add_up(attention, device, compiled):
     model = GPT(GPTConfig(2, 2, 32, 64, 257, attention))
     model.init_weights(draw)
     run_model = compile_model(model.to(machine.device)) if compiled else model
-    allocate_gradients(model)
+    gradients = Gradients(model, machine, fold)
     micro_batches = ((x[:, :-1], x[:, 1:]) for x in tokens)
     for step in range(3):  # runs the kernels one by one, then records them, then replays them
-        loss = add_gradients(run_model, micro_batches, 3, machine)
+        loss = add_gradients(run_model, gradients, micro_batches, 3, machine)
         expected_loss = torch.stack([model(x[:, :-1], x[:, 1:]).mean() for x in tokens[3 * step : 3 * step + 3]]).mean()
         assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
         expected = torch.autograd.grad(expected_loss, list(model.parameters()))
         for (name, parameter), gradient in zip(model.named_parameters(), expected, strict=True):
             assert (parameter.grad - gradient).norm() <= 1e-4 * gradient.norm() + 1e-8, name
-        model.zero_grad(set_to_none=False)
+        with torch.no_grad():
+            for parameter in model.parameters():  # the next step's are of other weights
+                parameter += 0.01 * torch.randn(parameter.shape, generator=draw).to(machine.device)
 
 
-@pytest.mark.parametrize("attention", ["softmax", "entmax"])
-def test_gradients_add_up(attention):
-    check_that_gradients_add_up(attention, "cpu", compiled=False)
+@pytest.mark.parametrize(
+    "attention, compiled, fold",
+    [("softmax", False, False), ("entmax", False, False), ("entmax", False, True), ("softmax", True, True)],
+)
+def test_gradients_add_up(attention, compiled, fold):
+    check_that_gradients_add_up(attention, "cpu", compiled, fold)
 
 
 @pytest.mark.gpu
@@ -485,4 +491,36 @@ def test_gradients_add_up(attention):
 @pytest.mark.parametrize("attention", ["softmax", "entmax"])
 def test_gradients_of_cuda_graphs_add_up_on_a_gpu(attention):
     """Though a graph overwrites what it returned."""
-    check_that_gradients_add_up(attention, "cuda", compiled=True)
+    check_that_gradients_add_up(attention, "cuda", compiled=True, fold=True)
+
+
+def check_gradients_by_rounded_weights(attention, device, compiled):
+    """Are, in bfloat16, those of float32 up to its noise, step by step."""
+    draw = torch.Generator().manual_seed(0)
+    model, tokens = GPT(GPTConfig(3, 2, 64, 64, 257, attention)), torch.randint(257, (6, 8, 65), generator=draw)
+    model.init_weights(draw)
+    model, tokens = model.to(device), tokens.to(device)
+    found = []
+    for autocast in (False, True):
+        machine = Machine(torch.device(device), autocast=autocast)
+        gradients = Gradients(model, machine, fold=True)
+        assert {x.dtype for x in gradients.weights if x.dim() == 2} == {(torch.float32, torch.bfloat16)[autocast]}
+        run_model, micro_batches = compile_model(model) if compiled else model, ((x[:, :-1], x[:, 1:]) for x in tokens)
+        for _ in range(3):
+            add_gradients(run_model, gradients, micro_batches, 2, machine)
+            found.append([p.grad.clone() for p in model.parameters()])
+    for expected, got in zip(found[:3], found[3:], strict=True):
+        for (name, _), x, y in zip(model.named_parameters(), expected, got, strict=True):
+            assert 0 < (y - x).norm() <= 0.05 * x.norm(), name
+
+
+@pytest.mark.parametrize("attention", ["softmax", "entmax"])
+def test_gradients_by_rounded_weights(attention):
+    check_gradients_by_rounded_weights(attention, "cpu", compiled=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("attention", ["softmax", "entmax"])
+def test_gradients_by_rounded_weights_in_cuda_graphs(attention):
+    check_gradients_by_rounded_weights(attention, "cuda", compiled=True)
