@@ -131,7 +131,7 @@ def batches_of(args, micro_batch_size, device):
 KINDS = {  # of kernels, by what their names hold; the first that fits counts
     "loss": ("log_softmax", "nll_loss", "logsumexp", "cross_entropy", "one_hot"),
     "attention": ("flash", "fmha", "sdpa", "cudnn", "_forward", "_mend", "_lists", "query_gradient", "value_gradient"),
-    "optimizer": ("multi_tensor", "adam", "lpnorm"),  # and what adds up our gradients
+    "optimizer": ("multi_tensor", "adam", "lpnorm", "cudafunctor_add"),  # and what adds up gradients
     "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk", "_product"),  # the last with GELU
     "copies": ("memcpy", "memset"),
 }
