@@ -35,6 +35,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # imported later its defaults would hold the process group to Python's end
 import torch.nn.functional as F
 
 import checkpoint

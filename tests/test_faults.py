@@ -385,6 +385,29 @@ print("WEIGHTS", *(p.double().sum().item() for p in models[0].parameters()), fil
     assert len(found) == 2 and found[0] == found[1]
 
 
+def test_nothing_holds_the_process_group_at_the_end(flags, tmp_path):
+    """Or its threads may outlive Python, which aborts the process now and then."""
+    program = f"""
+import gc, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch.distributed as dist, train_gpt2
+
+gc.disable()
+groups, init = [], dist.init_process_group
+def noted(*args, **kwargs):
+    init(*args, **kwargs)
+    groups.append(dist.group.WORLD)
+dist.init_process_group = noted
+train_gpt2.main()
+dist.destroy_process_group()
+print("HELD", sys.getrefcount(groups.pop()), file=sys.stderr, flush=True)
+os._exit(0)  # as the group is not there to be destroyed again
+"""
+    command = ["-c", program, *flags, "--micro_batch_size=2", "--run_dir=run", "--max_steps=2", "--warmup_steps=1"]
+    for code, err in two_processes(tmp_path, [command] * 2):
+        assert code == 0 and "HELD 1\n" in err, err
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_ends_the_wait_for_other_processes(start, flags, tmp_path, name):
     """Of which there is none."""
