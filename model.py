@@ -146,9 +146,9 @@ class Block(nn.Module):
         return add_mlp(x, h, rounded(fc_weight), fc_bias, rounded(out_weight)), end_bias
 
 
-def folded(norm, linear):
+def folded(layer_norm, linear):
     """Weight and bias of a layer that follows a norm, with the norm's gain and bias taken in."""
-    return linear.weight * norm.weight, linear.bias + linear.weight @ norm.bias
+    return linear.weight * layer_norm.weight, linear.bias + linear.weight @ layer_norm.bias
 
 
 def rounded(x):

@@ -33,13 +33,13 @@ class _Projection(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         x, weight = ctx.saved_tensors
-        gradients = [d.transpose(1, 2).flatten(2).flatten(0, 1) for d in gradients]
-        parts = list(zip(gradients, weight.chunk(3), strict=True))
-        dx = parts[0][0] @ parts[0][1]
-        for d, w in parts[1:]:  # to put the three together first would take longer
-            add_product_(dx, d, w)
+        dq, dk, dv = gradients = [d.transpose(1, 2).flatten(2).flatten(0, 1) for d in gradients]
+        wq, wk, wv = weight.chunk(3)
+        dx = dq @ wq  # to put the three together first would take longer
+        add_product_(dx, dk, wk)
+        add_product_(dx, dv, wv)
         dweight = torch.cat([d.T @ x.flatten(0, 1) for d in gradients])
-        return dx.view_as(x), dweight, _sum(ctx, gradients[0]), None
+        return dx.view_as(x), dweight, _sum(ctx, dq), None
 
 
 class _PackedProjection(torch.autograd.Function):

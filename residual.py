@@ -18,7 +18,7 @@ try:
 except ModuleNotFoundError:
     triton = None  # not on this platform
 
-PROGRAMS = 792  # 6 for each of an H100's multiprocessors; in the backward each gives sums of its rows
+PROGRAMS = 792  # 6 for each of an H100's multiprocessors: of the backward, where each gives sums of its rows
 
 if triton is not None:
     INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs on CPU tensors, in Python

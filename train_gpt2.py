@@ -45,7 +45,7 @@ from data import hellaswag, python_stdlib
 from data.hellaswag import HellaSwag
 from data.shards import SHARD_FORMATS, TokenStream, find_shards, only_writer, training_batches
 from data.tokenizer import END_OF_TEXT, VOCAB_SIZE, decode, load_tokenizer
-from model import GPT, SIZES, GPTConfig, load_hf
+from model import GPT, SIZES, GPTConfig, load_hf, rounded
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.toml"
 MAX_SKIPPED = 10  # steps in a row without a finite loss and gradient, before training gives up
@@ -697,10 +697,11 @@ class Gradients:
         self.weights, self.sums = [], []
         if fold:
             parameters = [*model.wte.parameters(), *model.wpe.parameters(), *model.ln_f.parameters()]
-            for folded in model.fold():
-                dtype = torch.bfloat16 if machine.autocast and folded.dim() == 2 else torch.float32
-                self.weights.append(torch.empty_like(folded, dtype=dtype, requires_grad=True))
-                torch._dynamo.mark_static_address(self.weights[-1])  # so that a CUDA graph reads it where it is
+            with machine.precision():
+                folded = [rounded(x) if x.dim() == 2 else x for x in model.fold()]
+            self.weights = [torch.empty_like(x, requires_grad=True) for x in folded]
+            for weight in self.weights:
+                torch._dynamo.mark_static_address(weight)  # so that a CUDA graph reads it where it is
             self.sums = [torch.empty_like(x, dtype=torch.float32) for x in self.weights]
         self.tensors = self.weights + parameters  # that a loss depends on
         self.totals = self.sums + [p.grad for p in parameters]

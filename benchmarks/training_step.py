@@ -87,8 +87,9 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(self.head(self.ln_f(x)).flatten(0, 1), targets.flatten())
 
 
-def add_plain_gradients(model, _, batches, micro_batches, machine):
+def add_plain_gradients(model, batches, micro_batches, machine):
     """add_gradients, as one would write it down."""
+    model.zero_grad()
     loss = torch.zeros((), device=machine.device)
     for inputs, targets in itertools.islice(batches, micro_batches):
         with machine.precision():
@@ -182,13 +183,11 @@ def measure(case, micro_batch_size, args):
 
     def step():
         """As the trainer's: ends when the device has done it all."""
-        add = add_plain_gradients if plain else add_gradients
-        loss = add(compiled, gradients, batches, args.batch_size // micro_batch_size, machine)
+        rest = batches, args.batch_size // micro_batch_size, machine
+        loss = add_plain_gradients(compiled, *rest) if plain else add_gradients(compiled, gradients, *rest)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         assert math.isfinite(loss.item()) and math.isfinite(norm.item())
         optimizer.step()
-        if plain:
-            optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import defaultdict
 
 import pytest
 import torch
@@ -295,11 +296,24 @@ def test_groups_of_long_sequences_visited(group, dtype, monkeypatch):
         check(*normal_inputs(1, 2, 150, 150, 16, 2, dtype, spread=spread), 1.5)
 
 
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="is about the kernels")
 @pytest.mark.parametrize("T", (128, 191, 200))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
-def test_blocks_of_which_all_has_support(dtype, T):
-    """These are visited without their lists."""
-    check(*normal_inputs(1, 2, T, T, 16, 2, dtype, spread=0.05), 1.5)
+def test_blocks_of_which_all_has_support_are_visited(dtype, T, monkeypatch):
+    """And if they are whole, without their lists."""
+    from adasplash_kernels import kernels
+
+    lists = kernels._lists
+
+    def without_lists(tile_map, p_list, p_count, *args, **options):
+        lists[p_count.shape[1], 2](tile_map, p_list, p_count, *args, **options)
+        p_list.zero_()
+
+    inputs = normal_inputs(1, 2, T, T, 16, 2, dtype, spread=0.05)
+    check(*inputs, 1.5)
+    if T == 128:
+        monkeypatch.setattr(kernels, "_lists", defaultdict(lambda: without_lists))
+        check(*inputs, 1.5)
 
 
 @pytest.mark.parametrize("seed", (2, 12))

@@ -33,8 +33,16 @@ def errors(N, C, dtype, device="cpu", mean=0.0, size=1.0):
     got = h, *torch.autograd.grad((same, h), (x, bias), (dx, dh))
     assert torch.equal(same, x) and [t.dtype for t in got] == [dtype, dtype, wide]
     x, bias = exact = [t.detach().double().requires_grad_() for t in (x, bias)]
-    h = F.layer_norm(x + bias, (C,))
-    return relative(got, (h, *torch.autograd.grad((x, h), exact, (dx.double(), dh.double()))))
+    h, scale = F.layer_norm(x + bias, (C,)), (x + bias).var(1, correction=0, keepdim=True).add(1e-5).rsqrt().detach()
+    g = dh.double()
+
+    def gradients(h):
+        own = scale * (g - g.mean(1, keepdim=True) - h * (g * h).mean(1, keepdim=True))
+        return dx + own, own.sum(0)
+
+    # the gradient is by the norm as it was rounded; this formula, by the norm as it is, is autograd's
+    torch.testing.assert_close(gradients(h.detach()), torch.autograd.grad((x, h), exact, (dx.double(), g)))
+    return relative(got, (h, *gradients(got[0].detach().double())))
 
 
 SHAPES = (1, 8), (3, 129), (23, 24), (2, 1600)
@@ -53,7 +61,7 @@ SIZES += [((3, 129), size, mean) for size, mean in ((1e-2, 0.0), (1e4, 0.0), (1.
 @pytest.mark.parametrize("shape, size, mean", SIZES)
 def test_norm_against_float64(shape, size, mean):
     assert max(errors(*shape, torch.float32, size=size, mean=mean)) < 1e-5
-    assert max(errors(*shape, torch.bfloat16, size=size, mean=mean)) < 0.01  # two roundings to 8 bits
+    assert max(errors(*shape, torch.bfloat16, size=size, mean=mean)) < 0.005  # one rounding to 8 bits
     assert max(errors(*shape, torch.float64, size=size, mean=mean)) < 1e-13
 
 
@@ -120,6 +128,6 @@ def test_the_kernels_in_the_interpreter():
 def test_gpu_against_float64(monkeypatch):
     monkeypatch.undo()
     for shape in (*SHAPES, (40_000, 768)):
-        for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.01), (torch.float16, 0.002)):
+        for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.005), (torch.float16, 0.001)):
             assert max(errors(*shape, dtype, "cuda")) < bound
             assert max(errors(*shape, dtype, "cuda", mean=30.0)) < bound

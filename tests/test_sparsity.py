@@ -113,7 +113,6 @@ def test_counts_are_those_of_dense_weights(shards, T, alpha, n_head, n_layer):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_counts_are_those_of_the_cpu(shards):
-    """Attention gets its queries and keys another way there."""
     torch.set_float32_matmul_precision("highest")
     model, cuda = sharp_model(1.5, 130), Machine(torch.device("cuda"))
     stream = TokenStream([shards / "text_val_000000.bin"], 130, 257)

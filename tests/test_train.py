@@ -465,6 +465,7 @@ def check_that_gradients_add_up(attention, device, compiled, fold):
     model.init_weights(draw)
     run_model = compile_model(model.to(machine.device)) if compiled else model
     gradients = Gradients(model, machine, fold)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     micro_batches = ((x[:, :-1], x[:, 1:]) for x in tokens)
     for step in range(3):  # runs the kernels one by one, then records them, then replays them
         loss = add_gradients(run_model, gradients, micro_batches, 3, machine)
@@ -476,6 +477,10 @@ def check_that_gradients_add_up(attention, device, compiled, fold):
         with torch.no_grad():
             for parameter in model.parameters():  # the next step's are of other weights
                 parameter += 0.01 * torch.randn(parameter.shape, generator=draw).to(machine.device)
+    with torch.no_grad():
+        run_model(tokens[0][:, :-1], tokens[0][:, 1:])
+    # one for training, one for validation
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + (2 if compiled else 0)
 
 
 @pytest.mark.parametrize(
